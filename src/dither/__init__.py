@@ -1,0 +1,26 @@
+"""dither: train PyTorch models under differential privacy, exactly, whatever their forward takes."""
+
+from dither.clipping import (
+    ClippedSum,
+    VerificationReport,
+    clipped_sum,
+    per_example_gradients,
+    per_example_norms,
+    verify,
+)
+from dither.errors import DitherError
+from dither.rules import register_rule
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ClippedSum",
+    "DitherError",
+    "VerificationReport",
+    "__version__",
+    "clipped_sum",
+    "per_example_gradients",
+    "per_example_norms",
+    "register_rule",
+    "verify",
+]

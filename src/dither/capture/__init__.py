@@ -1,0 +1,1 @@
+"""Capture: which parameter was used where, by which operation, and where the examples lie."""

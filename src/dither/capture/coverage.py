@@ -1,0 +1,196 @@
+"""Proofs that nothing escapes: every parameter gradient passes the recorder, every loss is one example's own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from dither.capture.examples import ExampleAxis, candidates, consistent
+from dither.capture.uses import OpCall, Tape
+from dither.errors import CoupledExamplesError, CoverageError, ExampleAxisError, LossShapeError
+
+
+def check_loss(losses: object) -> Tensor:
+    """Return the losses if they are one floating-point number per example, shape (B,).
+
+    Raises:
+        LossShapeError: with the shape that was returned and the fix.
+    """
+    if not isinstance(losses, Tensor) or losses.dim() != 1 or not losses.is_floating_point():
+        got = f"shape {tuple(losses.shape)}, {losses.dtype}" if isinstance(losses, Tensor) else type(losses).__name__
+        raise LossShapeError(
+            f"loss_fn must return one loss per example, a floating-point tensor of shape (B,); it returned {got}.",
+            fix="compute the loss with reduction='none', then average each example's own entries: "
+            "`loss.flatten(1).mean(1)`",
+        )
+    return losses
+
+
+def leaves_of(losses: Tensor) -> list[Tensor]:
+    """Every leaf tensor that autograd's graph of the losses would give a gradient to."""
+    leaves, stack, seen = [], [losses.grad_fn], set()
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)
+        if isinstance(variable, Tensor):
+            leaves.append(variable)
+        stack.extend(parent for parent, _ in node.next_functions)
+    return leaves
+
+
+@contextmanager
+def nothing_escapes(losses: Tensor, parameters: Mapping[str, Tensor]) -> Iterator[None]:
+    """Run backward passes inside; no parameter may receive a gradient, and no leaf's `.grad` is left changed.
+
+    Raises:
+        CoverageError: a parameter is reached by autograd around the recorder.
+    """
+    names = {id(p): name for name, p in parameters.items()}
+    others = []
+    for leaf in leaves_of(losses):
+        if id(leaf) in names:
+            raise _escaped(names[id(leaf)])
+        others.append((leaf, leaf.grad))
+    before = {name: p.grad for name, p in parameters.items()}
+    for leaf, _ in others:
+        leaf.grad = None
+    for parameter in parameters.values():
+        parameter.grad = None
+    try:
+        yield
+        for name, parameter in parameters.items():
+            if parameter.grad is not None:
+                raise _escaped(name)
+    finally:
+        for leaf, grad in others:
+            leaf.grad = grad
+        for name, parameter in parameters.items():
+            parameter.grad = before[name]
+
+
+def _escaped(name: str) -> CoverageError:
+    return CoverageError(
+        f"Parameter {name} receives gradient outside the recorder, so it would not be clipped.",
+        fix="use it through torch operations while loss_fn runs (not in a custom autograd.Function, a C++ extension, "
+        "an activation checkpoint, or an output computed before), and let each example's loss depend on it",
+    )
+
+
+def decide_examples(tape: Tape, losses: Tensor) -> dict[int, ExampleAxis | None]:
+    """Find where the examples lie in every recorded output, and prove that they do not influence each other.
+
+    One example's loss is sent back alone, as NaN: NaN times zero is NaN, so whatever could depend on that loss
+    becomes NaN, also behind weights that are zero now. The entries reached must lie in that example's place in one
+    layout. Examples are tried until each output's layout is the only one left, or all have been tried, when the
+    layouts that are left say the same of every entry that any loss reaches.
+
+    Args:
+        tape: the recorded calls.
+        losses: shape (B,), with its graph.
+
+    Returns:
+        By call index: the layout, or None where no loss reaches the output.
+
+    Raises:
+        CoupledExamplesError: two examples' losses reach the same entry.
+        ExampleAxisError: the reached entries fit no layout.
+    """
+    batch = losses.shape[0]
+    if batch == 1:
+        return {call.index: ExampleAxis(0, 1, 1, _length(call)) for call in tape.calls}
+    possible = {call.index: _candidates(call, batch) for call in tape.calls}
+    reached_by: dict[int, Tensor] = {}
+    poisoned: dict[int, Tensor] | None = None
+    order = [batch - 1, 0, *range(1, batch - 1)]
+    for count, example in enumerate(order):
+        touched = _send_back(tape, losses, example)
+        if any(not consistent(possible[i], t, example) for i, t in touched.items()):
+            poisoned = _send_back(tape, losses, None) if poisoned is None else poisoned
+            touched = {i: t & ~poisoned[i] if i in poisoned else t for i, t in touched.items()}
+        for index, entries in touched.items():
+            kept = consistent(possible[index], entries, example)
+            before = reached_by.get(index)
+            if before is not None and bool((before & entries).any()):
+                raise _coupled(tape, index, example)
+            if not kept:
+                raise _undecided(tape, index, example, batch)
+            possible[index] = kept
+            if bool(entries.any()):
+                reached_by[index] = entries if before is None else before | entries
+        settled = all(len(possible[i]) == 1 for i in reached_by)
+        if count >= 1 and settled:
+            break
+    return {i: _simplest(possible[i]) if i in reached_by else None for i in possible}
+
+
+def with_axes(tape: Tape, axes: Mapping[int, ExampleAxis | None]) -> None:
+    """Write the decided layouts into the tape's uses."""
+    tape.uses = [replace(use, axis=axes[use.call.index]) for use in tape.uses]
+
+
+def _length(call: OpCall) -> int:
+    shape = call.output_shapes[0]
+    return shape[0] if len(shape) else 1
+
+
+def _candidates(call: OpCall, batch: int) -> set[ExampleAxis]:
+    return candidates(call.output_shapes[0], batch) if call.output_shapes else set()
+
+
+def _send_back(tape: Tape, losses: Tensor, example: int | None) -> dict[int, Tensor]:
+    touched: dict[int, Tensor] = {}
+
+    def sink(call: int, output: int, gradient: Tensor) -> None:
+        if output == 0:
+            entries = gradient.isnan()
+            touched[call] = touched[call] | entries if call in touched else entries
+
+    seed = torch.zeros_like(losses)
+    if example is not None:
+        seed[example] = float("nan")
+    tape.sink = sink
+    try:
+        torch.autograd.backward(losses, seed, retain_graph=True)
+    finally:
+        tape.sink = None
+    return touched
+
+
+def _simplest(layouts: set[ExampleAxis]) -> ExampleAxis:
+    return min(layouts, key=lambda layout: (layout.axis, layout.outer))
+
+
+def _where(tape: Tape, index: int) -> str:
+    names = ", ".join(use.name for use in tape.uses if use.call.index == index)
+    return f"{tape.calls[index].name} (parameter {names})"
+
+
+def _coupled(tape: Tape, index: int, example: int) -> CoupledExamplesError:
+    return CoupledExamplesError(
+        f"Example {example}'s loss and another example's loss both depend on the same entries of the output of "
+        f"{_where(tape, index)}.",
+        fix="remove what mixes examples (batch normalisation or batch statistics in the model or the loss: use group or "
+        "layer normalisation); a constant input of a layer must be a buffer of the model",
+    )
+
+
+def _undecided(tape: Tape, index: int, example: int, batch: int) -> CoupledExamplesError | ExampleAxisError:
+    shape = tuple(tape.calls[index].output_shapes[0])
+    if not candidates(torch.Size(shape), batch):
+        return ExampleAxisError(
+            f"The output of {_where(tape, index)}, shape {shape}, has no axis that {batch} examples fit on.",
+            fix="make a constant input of this layer a buffer of the model, or keep one axis for the examples",
+        )
+    return CoupledExamplesError(
+        f"Example {example}'s loss depends on other examples, or on rows in no regular order, through the output of "
+        f"{_where(tape, index)}, shape {shape}, with {batch} examples.",
+        fix="remove what mixes examples (batch normalisation or batch statistics in the model or the loss: use group or "
+        "layer normalisation), and keep each example's rows together",
+    )

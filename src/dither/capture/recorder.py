@@ -1,0 +1,203 @@
+"""The recorder: sees every torch operation that takes a trainable parameter.
+
+At such an operation the parameter is detached, so autograd computes input gradients only, and the output's
+gradient is delivered to the tape. Tensors computed from parameters and constants alone stay in autograd and
+count as parameters where they meet the examples (design: parameter-only subgraphs).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from dither.capture.uses import OpCall, ParamUse, Tape, map_tensors, tensors_in
+from dither.errors import BufferUpdateError, NestedRecorderError, UnsupportedOpError
+
+_PARAMETER, _DERIVED, _CONSTANT, _BUFFER = "parameter", "derived", "constant", "buffer"
+_RANDOM = ("rand", "normal", "bernoulli", "multinomial", "poisson", "dropout", "uniform", "exponential", "geometric")
+_BACKWARD = {torch.Tensor.backward, torch.autograd.backward, torch.autograd.grad}
+_active = threading.local()
+
+
+class Claim(Protocol):
+    """Finds the rules for an operation's operands; see `dither.rules`."""
+
+    def __call__(
+        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], used: set[int]
+    ) -> tuple[dict[str, Any], list[tuple[str | int, int, Any]]]:
+        """Return operands by name and (slot, id of the tensor, rule) for every used tensor."""
+
+
+class _Anchor(torch.autograd.Function):
+    """A graph node for a fresh output, without a copy, so that in-place operations after it keep working."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, output: Tensor) -> Tensor:  # noqa: D102 (autograd's own interface)
+        ctx.mark_dirty(output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None]:  # noqa: D102 (autograd's own interface)
+        return None, None
+
+
+class Recorder(TorchFunctionMode):
+    """Record every use of `parameters` by the operations run inside `with recorder:`.
+
+    Args:
+        parameters: trainable parameters by name.
+        buffers: the model's buffers: constants, which the examples must not change.
+        claim: finds the rules for an operation (`dither.rules.claim`).
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor], buffers: Iterable[Tensor], claim: Claim) -> None:
+        super().__init__()
+        self.tape = Tape()
+        self._claim = claim
+        self._names = {id(p): name for name, p in parameters.items()}
+        # Strong references, so that no id is reused while the recorder lives.
+        self._kinds: dict[int, tuple[str, Tensor]] = {id(b): (_BUFFER, b) for b in buffers}
+        self._kinds |= {id(p): (_PARAMETER, p) for p in parameters.values()}
+        self.anchor = torch.zeros((), requires_grad=True)
+
+    def __enter__(self) -> Recorder:
+        """Start recording; one recorder at a time in a thread."""
+        if getattr(_active, "recorder", None) is not None:
+            raise NestedRecorderError(
+                "A dither recording was started inside another one.",
+                fix="call clipped_sum, per_example_gradients or verify outside the loss function",
+            )
+        super().__enter__()
+        _active.recorder = self
+        return self
+
+    def __exit__(self, *exc_info: Any) -> None:
+        """Stop recording."""
+        _active.recorder = None
+        super().__exit__(*exc_info)
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Pass operations through; record those that use a parameter with the examples."""
+        kwargs = kwargs or {}
+        if func in _BACKWARD:
+            raise NestedRecorderError(
+                "A backward pass runs inside the loss function.",
+                fix="return the per-example loss and let dither run the backward pass; gradient penalties are not covered",
+            )
+        kinds = self._kinds
+        used: set[int] = set()
+        batch_free = True
+        for tensor in tensors_in((args, kwargs)):
+            kind = kinds.get(id(tensor))
+            if kind is None:
+                batch_free = False
+            elif kind[0] in (_PARAMETER, _DERIVED):
+                used.add(id(tensor))
+        if not used:
+            return self._run_without_parameters(func, args, kwargs, batch_free)
+        if batch_free:
+            return self._run_on_parameters_alone(func, args, kwargs)
+        if not torch.is_grad_enabled():
+            return func(*args, **kwargs)
+        return self._record(func, args, kwargs, used)
+
+    def _run_without_parameters(self, func: Any, args: Any, kwargs: Any, batch_free: bool) -> Any:
+        name = getattr(func, "__name__", "")
+        in_place = _is_in_place(name)
+        target = args[0] if in_place and args and isinstance(args[0], Tensor) else None
+        if target is not None and not batch_free:
+            self._forget_constant(target, name)
+        output = func(*args, **kwargs)
+        if batch_free and not any(word in name for word in _RANDOM):
+            for tensor in tensors_in(output):
+                self._kinds.setdefault(id(tensor), (_CONSTANT, tensor))
+        return output
+
+    def _run_on_parameters_alone(self, func: Any, args: Any, kwargs: Any) -> Any:
+        output = func(*args, **kwargs)
+        for tensor in tensors_in(output):
+            kind = self._kinds.get(id(tensor))
+            if kind is None or kind[0] == _CONSTANT:
+                self._kinds[id(tensor)] = (_DERIVED if tensor.requires_grad else _CONSTANT, tensor)
+        if _is_in_place(getattr(func, "__name__", "")) and args and isinstance(args[0], Tensor):
+            for tensor in (args[0], args[0]._base):
+                if tensor is not None and tensor.requires_grad and id(tensor) not in self._names:
+                    self._kinds[id(tensor)] = (_DERIVED, tensor)
+        return output
+
+    def _forget_constant(self, target: Tensor, name: str) -> None:
+        for tensor in (target, target._base):
+            kind = self._kinds.get(id(tensor))
+            if tensor is None or kind is None:
+                continue
+            if kind[0] == _BUFFER:
+                raise BufferUpdateError(
+                    f"A buffer of shape {tuple(tensor.shape)} is changed in place by {name} from the examples.",
+                    fix="make the buffer a constant (eval mode, or track_running_stats=False): what it learns is not private",
+                )
+            del self._kinds[id(tensor)]
+
+    def _record(self, func: Any, args: Any, kwargs: Any, used: set[int]) -> Any:
+        name = getattr(func, "__name__", "")
+        if _is_in_place(name) and (id(args[0]) in used or name == "__setitem__"):
+            raise UnsupportedOpError(
+                f"{name} writes a parameter and examples into one tensor in place.",
+                fix="build the tensor with torch.cat, torch.where or addition instead",
+            )
+        operands, claimed = self._claim(func, args, kwargs, used)
+        rng_state = torch.get_rng_state() if any(rule.replays for _, _, rule in claimed) else None
+        detach = _detacher(clone=args[0] if _is_in_place(name) else None)
+        saved_args, saved_kwargs = map_tensors(detach, args), map_tensors(detach, kwargs)
+        saved_operands = map_tensors(detach, operands)
+        output = func(*map_tensors(self._live, args), **map_tensors(self._live, kwargs))
+        if rng_state is not None and torch.equal(rng_state, torch.get_rng_state()):
+            rng_state = None
+        outputs = [t for t in tensors_in(output) if t.is_floating_point() or t.is_complex()]
+        call = OpCall(
+            index=len(self.tape.calls), function=func, args=saved_args, kwargs=saved_kwargs, operands=saved_operands,
+            output_shapes=tuple(t.shape for t in outputs), rng_state=rng_state,
+            versions=tuple((t, t._version) for t in tensors_in((saved_args, saved_kwargs))),
+        )
+        self.tape.calls.append(call)
+        for slot, tensor_id, rule in claimed:
+            tensor = self._kinds[tensor_id][1]
+            label = self._names.get(tensor_id) or f"a tensor of shape {tuple(tensor.shape)} computed from parameters"
+            self.tape.uses.append(ParamUse(call, slot, tensor, label, rule))
+        return self._listen(output, outputs, call.index)
+
+    def _live(self, tensor: Tensor) -> Tensor:
+        kind = self._kinds.get(id(tensor))
+        return tensor.detach() if kind is not None and kind[0] in (_PARAMETER, _DERIVED) else tensor
+
+    def _listen(self, output: Any, outputs: list[Tensor], call: int) -> Any:
+        replaced: dict[int, Tensor] = {}
+        for position, tensor in enumerate(outputs):
+            live = tensor if tensor.requires_grad else _Anchor.apply(self.anchor, tensor)
+            live.register_hook(lambda g, position=position: self.tape.deliver(call, position, g))
+            replaced[id(tensor)] = live
+        return map_tensors(lambda t: replaced.get(id(t), t), output)
+
+
+def _is_in_place(name: str) -> bool:
+    dunder = name.startswith("__")
+    return (name.endswith("_") and not dunder) or name == "__setitem__" or (dunder and name.startswith("__i") and name not in (
+        "__invert__", "__index__", "__int__"))
+
+
+def _detacher(clone: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """Detach each tensor once, keeping identity; `clone` is about to be overwritten."""
+    done: dict[int, Tensor] = {}
+
+    def detach(tensor: Tensor) -> Tensor:
+        if id(tensor) not in done:
+            done[id(tensor)] = tensor.detach().clone() if tensor is clone else tensor.detach()
+        return done[id(tensor)]
+
+    return detach

@@ -1,0 +1,140 @@
+"""What the recorder keeps: operations that used parameters, and each parameter's use in them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dither.capture.examples import ExampleAxis
+from dither.errors import ExampleAxisError, SavedInputChangedError
+
+
+def map_tensors(function: Callable[[Tensor], Any], tree: Any) -> Any:
+    """Apply a function to every tensor in nested tuples, lists and dicts."""
+    if isinstance(tree, Tensor):
+        return function(tree)
+    if isinstance(tree, (list, tuple)):
+        items = [map_tensors(function, item) for item in tree]
+        return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
+    if isinstance(tree, dict):
+        return {key: map_tensors(function, item) for key, item in tree.items()}
+    return tree
+
+
+def tensors_in(tree: Any) -> Iterator[Tensor]:
+    """Every tensor in nested tuples, lists and dicts, in order."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, (list, tuple)):
+        for item in tree:
+            yield from tensors_in(item)
+    elif isinstance(tree, dict):
+        for item in tree.values():
+            yield from tensors_in(item)
+
+
+@dataclass(frozen=True, eq=False)
+class OpCall:
+    """One recorded operation, its tensors detached.
+
+    Attributes:
+        index: position on the tape.
+        function: the torch function that was called.
+        args: positional arguments, parameters and inputs detached.
+        kwargs: keyword arguments, likewise.
+        operands: the arguments by the operation's own names, for operations with a rule.
+        output_shapes: shape of every floating-point output.
+        versions: version counters of the saved inputs, to notice a change in place.
+        rng_state: the random state before a random operation without a rule, so that it can be replayed.
+    """
+
+    index: int
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    operands: dict[str, Any]
+    output_shapes: tuple[torch.Size, ...]
+    versions: tuple[tuple[Tensor, int], ...]
+    rng_state: Tensor | None = None
+
+    @property
+    def name(self) -> str:
+        """The operation's name, for people."""
+        return getattr(self.function, "__name__", repr(self.function))
+
+    def check_unchanged(self) -> None:
+        """Raise SavedInputChangedError if a saved input was changed in place since the call."""
+        for tensor, version in self.versions:
+            if tensor._version != version:
+                raise SavedInputChangedError(
+                    f"An input of {self.name} (shape {tuple(tensor.shape)}) was changed in place after a parameter was "
+                    "used with it, so the per-example gradient cannot be formed from it.",
+                    fix="change a copy (x = x + y instead of x += y) or clone the input before the in-place operation",
+                )
+
+
+@dataclass(frozen=True, eq=False)
+class ParamUse:
+    """One parameter's use in one operation.
+
+    Attributes:
+        call: the operation.
+        slot: the operand's name in `call.operands`, or its position among all tensors for the fallback.
+        parameter: the parameter, or a tensor computed from parameters alone (its graph leads to them).
+        name: the parameter's name in the model; for a computed tensor, how it was made.
+        rule: the mathematics of this operation for this operand.
+        axis: where the examples lie in the output; None until decided, or if no gradient arrives.
+    """
+
+    call: OpCall
+    slot: str | int
+    parameter: Tensor
+    name: str
+    rule: Any
+    axis: ExampleAxis | None = None
+
+    @property
+    def examples(self) -> ExampleAxis:
+        """The decided example axis."""
+        if self.axis is None:
+            raise ExampleAxisError(
+                f"Where the examples lie in the output of {self.call.name} (parameter {self.name}) is undecided.",
+                fix="keep one axis, or consecutive rows, of every layer's output for one example",
+            )
+        return self.axis
+
+    @property
+    def batch(self) -> int:
+        """B, the number of examples."""
+        return self.examples.batch
+
+    def operand(self, name: str) -> Any:
+        """A saved operand by name; None if it was not given."""
+        return self.call.operands.get(name)
+
+
+@dataclass
+class Tape:
+    """Operations in the order they ran, and where output gradients go as they arrive."""
+
+    calls: list[OpCall] = field(default_factory=list)
+    uses: list[ParamUse] = field(default_factory=list)
+    sink: Callable[[int, int, Tensor], None] | None = None
+
+    def deliver(self, call: int, output: int, gradient: Tensor) -> None:
+        """Hand an output gradient to whoever listens; called by autograd."""
+        if self.sink is not None:
+            self.sink(call, output, gradient)
+
+    def signature(self, batch: int) -> tuple[Any, ...]:
+        """What must be equal for decided example axes to be used again, whatever the batch size is."""
+        rows: list[Any] = []
+        for call in self.calls:
+            inputs = tuple(tuple(t.shape) for t in tensors_in((call.args, call.kwargs)))
+            rows.append((call.name, call.output_shapes, len(inputs), tuple(len(s) for s in inputs)))
+        names = tuple((use.call.index, use.slot, use.name) for use in self.uses)
+        return (batch, tuple(rows), names)

@@ -1,0 +1,237 @@
+"""One recorded forward, then backward passes into collectors."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dither.capture.coverage import check_loss, decide_examples, leaves_of, nothing_escapes, with_axes
+from dither.capture.examples import ExampleAxis
+from dither.capture.recorder import Recorder
+from dither.capture.uses import ParamUse, Tape
+from dither.clipping.gradients import Added, Buffers, Collector, Held, NotFormed, pull_back
+from dither.clipping.plan import Plan, PlannedUse, choose
+from dither.errors import ConfigurationError, CoverageError
+from dither.rules import claim
+
+LossFunction = Callable[[], Tensor]
+
+
+@dataclass
+class _Memory:
+    """What is kept between steps for a model: decided example axes and buffers."""
+
+    axes: dict[Any, dict[int, ExampleAxis | None]] = field(default_factory=dict)
+    buffers: Buffers = field(default_factory=Buffers)
+
+
+_memories: weakref.WeakKeyDictionary[nn.Module, _Memory] = weakref.WeakKeyDictionary()
+
+
+def trainable(model: nn.Module) -> dict[str, Tensor]:
+    """The model's trainable parameters by name; a tied parameter once, by its first name."""
+    found = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not found:
+        raise ConfigurationError("The model has no trainable parameters.", fix="set requires_grad=True on some of them")
+    return found
+
+
+class Recording:
+    """A forward pass whose parameter uses are on a tape, with the examples' places decided.
+
+    Args:
+        model: the model whose trainable parameters are recorded.
+        loss_fn: no arguments; returns one loss per example, shape (B,).
+    """
+
+    def __init__(self, model: nn.Module, loss_fn: LossFunction) -> None:
+        self.parameters = trainable(model)
+        self._memory = _memories.setdefault(model, _Memory())
+        recorder = Recorder(self.parameters, model.buffers(), claim)
+        with recorder, torch.enable_grad():
+            losses = loss_fn()
+        self.losses = check_loss(losses)
+        self.tape: Tape = recorder.tape
+        self.batch = int(self.losses.shape[0])
+        if self.batch and self.losses.grad_fn is None:
+            raise CoverageError(
+                "No trainable parameter of the model was used with the examples while loss_fn ran.",
+                fix="call the model inside loss_fn, without torch.no_grad or detach, and train this model's parameters",
+            )
+        self._undecided = False
+        if self.batch:
+            with nothing_escapes(self.losses, self.parameters):
+                self._decide()
+
+    def _decide(self) -> None:
+        signature = self._signature()
+        axes = self._memory.axes.get(signature)
+        if axes is not None:
+            axes = {i: None if axis is None else axis.with_batch(self.batch) for i, axis in axes.items()}
+        if axes is None or not self._fits(axes):
+            axes = decide_examples(self.tape, self.losses)
+            if self.batch > 1:
+                self._memory.axes[signature] = axes
+        self._undecided = any(axis is None for axis in axes.values())
+        with_axes(self.tape, axes)
+
+    def _signature(self) -> Any:
+        calls = tuple((c.name, tuple(len(s) for s in c.output_shapes)) for c in self.tape.calls)
+        uses = tuple((u.call.index, u.slot, u.name) for u in self.tape.uses)
+        return (self.batch == 1, calls, uses)
+
+    def _fits(self, axes: Mapping[int, ExampleAxis | None]) -> bool:
+        """Whether decided axes, stretched to this batch, agree with every output's shape."""
+        for call in self.tape.calls:
+            axis = axes[call.index]
+            if axis is not None and call.output_shapes[0][axis.axis] != axis.size:
+                return False
+        return True
+
+    @property
+    def buffers(self) -> Buffers:
+        """Memory kept between steps."""
+        return self._memory.buffers
+
+    def backward(
+        self, receive: Callable[[ParamUse, Tensor], None], weights: Tensor | None = None, keep_graph: bool = False
+    ) -> None:
+        """Send the losses back; `receive` gets each use and its output gradient as they arrive.
+
+        Args:
+            receive: called once a use.
+            weights: (B,) factors of the losses; ones if None.
+            keep_graph: whether another pass follows.
+        """
+        uses: dict[int, list[ParamUse]] = {}
+        for use in self.tape.uses:
+            uses.setdefault(use.call.index, []).append(use)
+        late: list[tuple[int, Tensor]] = []
+
+        def sink(call: int, output: int, gradient: Tensor) -> None:
+            if uses[call][0].axis is None:
+                late.append((call, gradient))
+                return
+            self.tape.calls[call].check_unchanged()
+            for use in uses[call]:
+                receive(use, gradient)
+
+        seed = torch.ones_like(self.losses) if weights is None else weights.to(self.losses.dtype)
+        with nothing_escapes(self.losses, self.parameters), torch.no_grad():
+            self.tape.sink = sink
+            try:
+                torch.autograd.backward(self.losses, seed, retain_graph=keep_graph or self._undecided)
+            finally:
+                self.tape.sink = None
+            self._settle(late, receive)
+
+    def _settle(self, late: list[tuple[int, Tensor]], receive: Callable[[ParamUse, Tensor], None]) -> None:
+        """Deliver gradients that arrived where none had before: decide those outputs' examples now."""
+        late = [(call, gradient) for call, gradient in late if bool(gradient.any())]
+        if not late:
+            return
+        axes = decide_examples(self.tape, self.losses)
+        if self.batch > 1:
+            self._memory.axes[self._signature()] = axes
+        with_axes(self.tape, axes)
+        for call, gradient in late:
+            for use in self.tape.uses:
+                if use.call.index == call:
+                    receive(use, gradient)
+
+
+class Gradients:
+    """Per-example gradients of a recording by parameter, under a plan.
+
+    Args:
+        recording: the recorded forward.
+        strategy: one of dither.clipping.plan.STRATEGIES.
+        memory_budget: bytes that held gradients may take; None for no bound.
+    """
+
+    def __init__(self, recording: Recording, strategy: str, memory_budget: float | None) -> None:
+        self._recording = recording
+        self._names = {id(p): name for name, p in recording.parameters.items()}
+        self.collectors: dict[str, Collector] = {}
+        self._leaves: dict[int, list[str]] = {}
+        planned = []
+        left = float("inf") if memory_budget is None else float(memory_budget)
+        counts: dict[str, int] = {}
+        for use in recording.tape.uses:
+            for name in self._leaves_of(use):
+                counts[name] = counts.get(name, 0) + 1
+        for use in recording.tape.uses:
+            direct = id(use.parameter) in self._names
+            chosen = "form"
+            if direct and counts[use.name] == 1 and use.axis is not None:
+                chosen = choose(use, strategy, left)
+                self.collectors[use.name] = Held(recording.buffers) if chosen == "hold" else NotFormed(chosen)
+            for name in self._leaves_of(use):
+                self.collectors.setdefault(name, Added())
+            held = 0 if use.axis is None or chosen in ("ghost", "tile") else int(use.rule.cost(use).held_bytes)
+            left -= held
+            planned.append(PlannedUse(use.name, use.call.name, chosen, held))
+        self.plan = Plan(tuple(planned))
+
+    def _leaves_of(self, use: ParamUse) -> list[str]:
+        """Names of the parameters behind a use."""
+        found = self._leaves.get(id(use.parameter))
+        if found is None:
+            own = self._names.get(id(use.parameter))
+            reached = {id(leaf) for leaf in leaves_of(use.parameter)} if own is None else set()
+            found = [own] if own is not None else [n for i, n in self._names.items() if i in reached]
+            self._leaves[id(use.parameter)] = found
+        return found
+
+    def receive(self, use: ParamUse, grad_output: Tensor) -> None:
+        """Hand an output gradient to the collectors of the parameters behind the use."""
+        if id(use.parameter) in self._names:
+            self.collectors[use.name].receive(use, grad_output)
+            return
+        names = self._leaves_of(use)
+        gradients = use.rule.per_example_gradient(use, grad_output)
+        with torch.enable_grad():
+            pulled = pull_back(use.parameter, gradients, [self._recording.parameters[n] for n in names])
+        for name, gradient in zip(names, pulled, strict=True):
+            collector = self.collectors[name]
+            if gradient is not None and isinstance(collector, Added):
+                collector.add(gradient)
+
+    def norms(self) -> Tensor:
+        """Per-example norms over all parameters, (B,), float64; an example whose squares overflow is done again wider."""
+        squared = torch.zeros(self._recording.batch, dtype=torch.float64, device=self._recording.losses.device)
+        for collector in self.collectors.values():
+            part = collector.squared_norm()
+            if part is not None:
+                squared += part.clamp_min(0)
+        if not bool(torch.isfinite(squared).all()):
+            self._widen(squared)
+        return squared.sqrt()
+
+    def _widen(self, squared: Tensor) -> None:
+        """Recompute the squared norms that are not finite from float64 gradients, in place."""
+        examples = (~torch.isfinite(squared)).nonzero().flatten()
+        again = torch.zeros_like(squared[examples])
+        for collector in self.collectors.values():
+            gradients = collector.formed()
+            if gradients is not None:
+                again += gradients[examples].double().flatten(1).square().sum(1)
+        squared[examples] = again
+
+    def add_weighted_sum(self, weights: Tensor, into: Mapping[str, Tensor], dropped: Tensor) -> None:
+        """Add the weighted sums; dropped examples' gradients (not finite) are replaced by zero, never multiplied."""
+        any_dropped = bool(dropped.any())
+        for name, collector in self.collectors.items():
+            if not any_dropped:
+                collector.add_weighted_sum(weights, into[name])
+                continue
+            gradients = collector.formed()
+            if gradients is not None:
+                kept = Added()
+                kept.add(gradients[~dropped])
+                kept.add_weighted_sum(weights[~dropped], into[name])

@@ -1,0 +1,208 @@
+"""The public functions: clipped sums, per-example gradients and per-example norms of any model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dither.capture.uses import ParamUse
+from dither.clipping.backward import Gradients, LossFunction, Recording
+from dither.clipping.functions import clipping_function, is_finite
+from dither.clipping.gradients import NotFormed
+from dither.clipping.plan import Plan, check_strategy
+from dither.errors import ConfigurationError, ExampleAxisError
+
+
+@dataclass(frozen=True)
+class ClippedSum:
+    """A sum of clipped per-example gradients and what is known of it.
+
+    Attributes:
+        gradients: by parameter name, the sum over examples of clipped gradients, the parameter's shape.
+        norms: unclipped per-example norms, (B,), float32 or wider; not finite for dropped examples. Not private.
+        losses: per-example losses, (B,), detached. Not private.
+        sensitivity: L2 norm by which adding or removing one example can change the sum.
+        dropped: number of examples left out because their gradient is not finite. Not private.
+        plan: the strategy of each use; printable.
+    """
+
+    gradients: dict[str, Tensor]
+    norms: Tensor
+    losses: Tensor
+    sensitivity: float
+    dropped: int
+    plan: Plan
+
+
+def clipped_sum(
+    model: nn.Module,
+    loss_fn: LossFunction,
+    *,
+    max_grad_norm: float = 1.0,
+    clipping: str = "flat",
+    strategy: str = "auto",
+    rows_per_example: int | None = None,
+    memory_budget: float | None = None,
+    into: dict[str, Tensor] | None = None,
+) -> ClippedSum:
+    """Sum of per-example gradients, each scaled to norm at most `max_grad_norm`, in one forward and one backward pass.
+
+    Guarantee: adding or removing one example changes the returned sum by at most `sensitivity` in L2 norm (up to
+    rounding), for every strategy, provided that the loss of an example depends on that example alone, which is proved
+    on the first batch and whenever the recorded operations change. The sum has no noise: it is not private.
+
+    Args:
+        model: any module; its trainable parameters are recorded while `loss_fn` runs.
+        loss_fn: no arguments; calls the model and returns one loss per example, shape (B,).
+        max_grad_norm: C, the bound on each example's gradient norm over all parameters.
+        clipping: "flat" (Abadi et al. 2016, algorithm 1).
+        strategy: "auto", "hold", "ghost", "tile" or "two_pass"; changes time and memory, never the result.
+        rows_per_example: k, if the model sees k consecutive rows for each example (k noise draws of one image); the
+            layout is found without it, and checked against it.
+        memory_budget: bytes that held per-example gradients may take; None for half of the free memory.
+        into: tensors by parameter name; the sum is added to them in place (accumulation over micro-batches).
+
+    Returns:
+        The sum and its sensitivity.
+
+    Raises:
+        UnknownStrategyError: no such strategy.
+        LossShapeError: the loss is not of shape (B,).
+        CoupledExamplesError: an example's loss depends on another example.
+        CoverageError: a parameter receives gradient around the recorder.
+        CaptureError: its other kinds, where the result could not be proved exact.
+    """
+    check_strategy(strategy)
+    clip = clipping_function(clipping, max_grad_norm)
+    recording = Recording(model, loss_fn)
+    _check_rows(recording, rows_per_example)
+    sums = _sums(recording.parameters, into)
+    budget = _free_memory(recording.losses.device) / 2 if memory_budget is None else memory_budget
+    gradients = Gradients(recording, strategy, budget)
+    two_pass = strategy == "two_pass"
+    norms = _collect(recording, gradients, two_pass)
+    if two_pass and not bool(is_finite(norms).all()):  # rare: what was forgotten is needed after all
+        gradients, two_pass = Gradients(recording, "tile", budget), False
+        norms = _collect(recording, gradients, False)
+    dropped = ~is_finite(norms)
+    factors = torch.where(dropped, 0.0, clip.factors(norms))
+    if two_pass and recording.batch:
+        _second_pass(recording, gradients, factors, sums)
+    with torch.no_grad():
+        gradients.add_weighted_sum(factors, sums, dropped)
+    wide = torch.promote_types(recording.losses.dtype, torch.float32)
+    return ClippedSum(
+        sums, norms.to(wide), recording.losses.detach(), clip.sensitivity, int(dropped.sum()), gradients.plan
+    )
+
+
+def per_example_gradients(model: nn.Module, loss_fn: LossFunction) -> dict[str, Tensor]:
+    """Each example's gradient of its own loss.
+
+    Args:
+        model: any module.
+        loss_fn: no arguments; returns one loss per example, shape (B,).
+
+    Returns:
+        By parameter name, shape (B, *parameter.shape). A parameter that no loss reaches has zeros.
+
+    Raises:
+        CaptureError: its kinds, as `clipped_sum`.
+    """
+    recording = Recording(model, loss_fn)
+    gradients = Gradients(recording, "hold", None)
+    _collect(recording, gradients, False)
+    found = {}
+    for name, parameter in recording.parameters.items():
+        collector = gradients.collectors.get(name)
+        formed = collector.formed() if collector is not None else None
+        # Held gradients live in memory that the next step uses again: the caller gets its own.
+        found[name] = parameter.new_zeros(recording.batch, *parameter.shape) if formed is None else formed.clone()
+    return found
+
+
+def per_example_norms(model: nn.Module, loss_fn: LossFunction) -> Tensor:
+    """Each example's gradient norm over all trainable parameters, without keeping its gradient.
+
+    Args:
+        model: any module.
+        loss_fn: no arguments; returns one loss per example, shape (B,).
+
+    Returns:
+        Shape (B,), float32 or wider.
+
+    Raises:
+        CaptureError: its kinds, as `clipped_sum`.
+    """
+    recording = Recording(model, loss_fn)
+    gradients = Gradients(recording, "two_pass", None)
+    norms = _collect(recording, gradients, False)
+    return norms.to(torch.promote_types(recording.losses.dtype, torch.float32))
+
+
+def _collect(recording: Recording, gradients: Gradients, forget: bool) -> Tensor:
+    def receive(use: ParamUse, grad_output: Tensor) -> None:
+        gradients.receive(use, grad_output)
+        collector = gradients.collectors.get(use.name)
+        if forget and isinstance(collector, NotFormed):
+            collector.forget()
+
+    if recording.batch:
+        recording.backward(receive, keep_graph=forget)
+    with torch.no_grad():
+        return gradients.norms()
+
+
+def _second_pass(recording: Recording, gradients: Gradients, factors: Tensor, sums: Mapping[str, Tensor]) -> None:
+    """Send the weighted losses back: their output gradients are clipped already."""
+    ones = torch.ones_like(factors)
+
+    def receive(use: ParamUse, grad_output: Tensor) -> None:
+        if isinstance(gradients.collectors.get(use.name), NotFormed):
+            use.rule.add_weighted_sum(use, grad_output, ones, sums[use.name])
+
+    recording.backward(receive, weights=factors)
+
+
+def _sums(parameters: Mapping[str, Tensor], into: dict[str, Tensor] | None) -> dict[str, Tensor]:
+    if into is None:
+        return {name: torch.zeros_like(p, requires_grad=False) for name, p in parameters.items()}
+    for name, parameter in parameters.items():
+        if name not in into or into[name].shape != parameter.shape:
+            got = tuple(into[name].shape) if name in into else "nothing"
+            raise ConfigurationError(
+                f"`into` needs a tensor of shape {tuple(parameter.shape)} for parameter {name}; it has {got}.",
+                fix="pass the .gradients of an earlier clipped_sum, or zeros shaped like every trainable parameter",
+            )
+    return into
+
+
+def _check_rows(recording: Recording, rows_per_example: int | None) -> None:
+    if rows_per_example is None:
+        return
+    if rows_per_example < 1:
+        raise ConfigurationError(f"rows_per_example must be at least 1; it is {rows_per_example}.", fix="pass None")
+    for use in recording.tape.uses:
+        axis = use.axis
+        if axis is None or axis.batch == 1 or axis.inner == 1 and axis.outer == 1:
+            continue
+        if axis.outer != 1 or axis.inner % rows_per_example:
+            raise ExampleAxisError(
+                f"{use.call.name} (parameter {use.name}) sees {axis.outer * axis.inner} rows per example, in runs of "
+                f"{axis.inner}; rows_per_example={rows_per_example} says otherwise.",
+                fix="repeat each example's rows consecutively (repeat_interleave, not repeat), or leave it None",
+            )
+
+
+def _free_memory(device: torch.device) -> float:
+    """Free bytes on a device; of the machine for a CPU."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    try:
+        return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    except (ValueError, OSError, AttributeError):
+        return float(2**31)

@@ -1,0 +1,65 @@
+"""Clipping functions: per-example norms to factors. Each states its L2 sensitivity for adding or removing one example."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from dither.errors import ConfigurationError, UnknownClippingError
+
+
+class ClippingFunction(Protocol):
+    """Maps per-example norms to the factor that scales each gradient."""
+
+    @property
+    def sensitivity(self) -> float:
+        """The most that adding or removing one example moves the clipped sum, in L2 norm."""
+        ...
+
+    def factors(self, norms: Tensor) -> Tensor:
+        """Norms (B,) to factors (B,), finite and at least zero."""
+        ...
+
+
+@dataclass(frozen=True)
+class Flat:
+    """One bound on the norm over all parameters: min(1, C / norm) (Abadi et al. 2016, algorithm 1).
+
+    Guarantee: every scaled gradient has norm at most C = max_grad_norm, so the sum over examples has L2 sensitivity C
+    under adding or removing one example.
+    """
+
+    max_grad_norm: float
+
+    @property
+    def sensitivity(self) -> float:
+        """C."""
+        return self.max_grad_norm
+
+    def factors(self, norms: Tensor) -> Tensor:
+        """min(1, C / norm)."""
+        return (self.max_grad_norm / norms).clamp(max=1.0)
+
+
+def clipping_function(name: str, max_grad_norm: float) -> ClippingFunction:
+    """The clipping function of that name.
+
+    Raises:
+        UnknownClippingError: no such function.
+        ConfigurationError: max_grad_norm is not positive and finite.
+    """
+    if not 0.0 < max_grad_norm < float("inf"):
+        raise ConfigurationError(
+            f"max_grad_norm must be positive and finite; it is {max_grad_norm}.", fix="0.1 to 1.0 is usual"
+        )
+    if name != "flat":
+        raise UnknownClippingError(f"Unknown clipping {name!r}; known: 'flat'.", fix="use clipping='flat'")
+    return Flat(max_grad_norm)
+
+
+def is_finite(norms: Tensor) -> Tensor:
+    """Which examples have a finite norm, bool (B,)."""
+    return torch.isfinite(norms)

@@ -1,0 +1,102 @@
+"""Every error dither raises. Each message says what happened, where, and the usual fix."""
+
+from __future__ import annotations
+
+
+class DitherError(Exception):
+    """Base of all dither errors.
+
+    Args:
+        what: what happened and where, with the names and values involved.
+        fix: what to do about it.
+    """
+
+    def __init__(self, what: str, *, fix: str) -> None:
+        self.what = what
+        self.fix = fix
+        super().__init__(f"{what}\n  Fix: {fix}")
+
+
+# --- arguments and inputs -------------------------------------------------------------------
+
+
+class ConfigurationError(DitherError, ValueError):
+    """An argument or option has a value that cannot work."""
+
+
+class UnknownStrategyError(ConfigurationError):
+    """The strategy is not one of auto, hold, ghost, tile, two_pass."""
+
+
+class UnknownClippingError(ConfigurationError):
+    """The clipping function is not known."""
+
+
+class BatchSizeError(ConfigurationError):
+    """The expected batch size does not fit the dataset."""
+
+
+class EmptyDatasetError(ConfigurationError):
+    """The dataset has no examples."""
+
+
+class BudgetError(ConfigurationError):
+    """No noise multiplier or number of steps meets the requested privacy budget."""
+
+
+class LabelError(ConfigurationError):
+    """A class label is outside the model's range."""
+
+
+class RunFolderError(DitherError):
+    """A run folder is missing, corrupt, or was not written by dither."""
+
+
+class OutputPathError(DitherError):
+    """A path cannot be written."""
+
+
+# --- what the recorder refuses ---------------------------------------------------------------
+
+
+class CaptureError(DitherError):
+    """The recorded gradients could not be proved exact."""
+
+
+class LossShapeError(CaptureError, ValueError):
+    """The loss is not one number per example, shape (B,)."""
+
+
+class CoupledExamplesError(CaptureError):
+    """The loss of one example depends on another example."""
+
+
+class ExampleAxisError(CaptureError):
+    """Which axis carries the examples could not be decided at a parameter's use."""
+
+
+class UnsupportedOpError(CaptureError):
+    """A parameter is used by an operation that has no exact rule."""
+
+
+class CoverageError(CaptureError):
+    """A parameter received gradient outside the recorder."""
+
+
+class SavedInputChangedError(CaptureError):
+    """A tensor that a rule needs was changed in place after it was recorded."""
+
+
+class BufferUpdateError(CaptureError):
+    """A module buffer is updated from the examples."""
+
+
+class NestedRecorderError(CaptureError):
+    """A recorder or a backward pass was started inside another recording."""
+
+
+# --- private training ------------------------------------------------------------------------
+
+
+class LedgerError(DitherError):
+    """The ledger and the run disagree."""

@@ -1,0 +1,126 @@
+"""Convolutions in 1, 2 and 3 dimensions: a linear map of patches.
+
+Input (N, C, *space) is unfolded to patches (N, groups, L, C/groups * K), L positions of K taps; each group is then
+the linear rule with T = L rows (Rochette et al. 2019, arXiv:1912.06015).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dither.capture.uses import ParamUse
+from dither.rules.affine import ChannelBias
+from dither.rules.linear import outer_ghost_norm, outer_gradient, outer_tile_norm
+from dither.rules.rule import Cost, Rule, register_rule
+
+
+class ConvWeight(Rule):
+    """Weight (O, C/groups, *taps) of a convolution over `dims` spatial dimensions."""
+
+    holds_cheaply = False
+
+    def __init__(self, dims: int) -> None:
+        self.dims = dims
+
+    def claims(self, operands: Mapping[str, Any], slot: str) -> bool:
+        """Batched inputs; an unbatched one goes to the fallback."""
+        return operands["input"].dim() == self.dims + 2
+
+    def _options(self, use: ParamUse) -> tuple[list[int], list[tuple[int, int]], list[int], int]:
+        stride = self._tuple(use.operand("stride"), 1)
+        dilation = self._tuple(use.operand("dilation"), 1)
+        padding = use.operand("padding")
+        taps = use.parameter.shape[2:]
+        if padding == "same":
+            total = [d * (k - 1) for d, k in zip(dilation, taps, strict=True)]
+            pads = [(t // 2, t - t // 2) for t in total]
+        else:
+            pads = [(p, p) for p in self._tuple(0 if padding == "valid" else padding, 0)]
+        return stride, pads, dilation, use.operand("groups") or 1
+
+    def _tuple(self, value: Any, default: int) -> list[int]:
+        if value is None:
+            value = default
+        return [value] * self.dims if isinstance(value, int) else list(value) * (self.dims // len(value))
+
+    def _padded(self, use: ParamUse) -> Tensor:
+        _, pads, _, _ = self._options(use)
+        flat = [amount for pair in reversed(pads) for amount in pair]
+        x: Tensor = use.operand("input")
+        return F.pad(x, flat) if any(flat) else x
+
+    def _rows(self, use: ParamUse, grad_output: Tensor) -> tuple[Tensor, Tensor]:
+        """Patches (B * groups, T, C/groups * K) and gradients (B * groups, T, O/groups)."""
+        stride, _, dilation, groups = self._options(use)
+        taps = use.parameter.shape[2:]
+        x = self._padded(use)
+        for axis, (size, step, spread) in enumerate(zip(taps, stride, dilation, strict=True)):
+            x = x.unfold(2 + axis, spread * (size - 1) + 1, step)[..., ::spread]
+        # (N, C, *positions, *taps) to (N, positions, groups, C/groups * K)
+        count, channels = x.shape[:2]
+        positions = [slice_ for slice_ in range(2, 2 + self.dims)]
+        x = x.permute(0, *positions, 1, *range(2 + self.dims, 2 + 2 * self.dims))
+        x = x.reshape(count, -1, groups, (channels // groups) * taps.numel())
+        g = grad_output.flatten(2).mT.unflatten(2, (groups, -1))
+        layout = use.examples
+        common = torch.promote_types(x.dtype, g.dtype)
+        return self._per_example(layout.split(x), groups).to(common), self._per_example(layout.split(g), groups).to(common)
+
+    @staticmethod
+    def _per_example(rows: Tensor, groups: int) -> Tensor:
+        """(B, outer, inner, L, groups, features) to (B * groups, outer * inner * L, features)."""
+        batch, features = rows.shape[0], rows.shape[-1]
+        rows = rows.reshape(batch, -1, groups, features)
+        return rows.transpose(1, 2).reshape(batch * groups, -1, features)
+
+    def per_example_gradient(self, use: ParamUse, grad_output: Tensor, out: Tensor | None = None) -> Tensor:
+        """Shape (B, O, C/groups, *taps)."""
+        return outer_gradient(*self._rows(use, grad_output)).reshape(use.batch, *use.parameter.shape)
+
+    def _norm(self, use: ParamUse, grad_output: Tensor, ghost: bool) -> Tensor:
+        patches, g = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in self._rows(use, grad_output))
+        norm = outer_ghost_norm if ghost else outer_tile_norm
+        return norm(patches, g).view(use.batch, -1).sum(1)
+
+    def squared_norm(self, use: ParamUse, grad_output: Tensor) -> Tensor:
+        """Ghost norm over patches."""
+        return self._norm(use, grad_output, ghost=True)
+
+    def tile_squared_norm(self, use: ParamUse, grad_output: Tensor) -> Tensor:
+        """Norm in tiles of output channels."""
+        return self._norm(use, grad_output, ghost=False)
+
+    def add_weighted_sum(self, use: ParamUse, grad_output: Tensor, weights: Tensor, into: Tensor) -> None:
+        """The ordinary weight gradient of the weighted output gradient."""
+        stride, _, dilation, groups = self._options(use)
+        x = self._padded(use)
+        scale = weights.to(grad_output.dtype)[use.examples.owners(grad_output.device)]
+        g = grad_output * scale.view(-1, *[1] * (self.dims + 1))
+        weight = use.operand("weight")
+        zeros = [0] * self.dims
+        (_, gradient, _) = torch.ops.aten.convolution_backward(
+            g, x.to(g.dtype), weight.to(g.dtype), None, stride, zeros, dilation, False, zeros, groups, [False, True, False]
+        )
+        into.add_(gradient)
+
+    def cost(self, use: ParamUse) -> Cost:
+        """The linear rule's, with T = positions and d = taps."""
+        positions = use.call.output_shapes[0][2:].numel() * use.examples.outer * use.examples.inner
+        p, d = use.parameter.shape[0], use.parameter[0].numel()
+        batch, groups = use.batch, use.operand("groups") or 1
+        ghost = 2.0 * batch * positions * positions * (p + d * groups) if positions > 1 else 0.0
+        held = float(batch * use.parameter.numel() * use.parameter.element_size())
+        return Cost(2.0 * batch * positions * p * d, ghost, held)
+
+
+for _dims, _function in ((1, F.conv1d), (2, F.conv2d), (3, F.conv3d)):
+    register_rule(
+        _function,
+        ("input", "weight", "bias", "stride", "padding", "dilation", "groups"),
+        {"weight": ConvWeight(_dims), "bias": ChannelBias(_dims)},
+    )

@@ -1,0 +1,136 @@
+"""The rule protocol, the table of operations, and how a use finds its rule.
+
+A rule is the mathematics of one operation family for one operand. Legend: B examples, T rows per example,
+P the parameter's number of elements.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dither.capture.uses import ParamUse, tensors_in
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Predicted work of one use.
+
+    Attributes:
+        hold: floating-point operations to form all per-example gradients.
+        ghost: floating-point operations of the squared norms without forming them, 0 if they are never formed.
+        held_bytes: memory of the per-example gradients, bytes.
+    """
+
+    hold: float
+    ghost: float
+    held_bytes: float
+
+
+class Rule:
+    """One operation family's mathematics for one operand.
+
+    A subclass must give `per_example_gradient`; it overrides the rest where it can avoid forming that gradient.
+    """
+
+    replays = False
+    """Whether the rule runs the operation again, and so needs the random state from before it."""
+
+    holds_cheaply = True
+    """Whether per-example gradients are small enough always to be formed (rank-one or vector parameters)."""
+
+    def claims(self, operands: Mapping[str, Any], slot: str) -> bool:
+        """Whether this rule is exact for these operands; otherwise the fallback is asked."""
+        return True
+
+    def per_example_gradient(self, use: ParamUse, grad_output: Tensor, out: Tensor | None = None) -> Tensor:
+        """Each example's gradient, shape (B, *parameter.shape); written into `out` where given and possible."""
+        raise NotImplementedError
+
+    def squared_norm(self, use: ParamUse, grad_output: Tensor) -> Tensor:
+        """Each example's squared gradient norm, shape (B,)."""
+        return squared_rows(self.per_example_gradient(use, grad_output))
+
+    def tile_squared_norm(self, use: ParamUse, grad_output: Tensor) -> Tensor:
+        """The same in tiles of the parameter, so that little memory is needed."""
+        return self.squared_norm(use, grad_output)
+
+    def add_weighted_sum(self, use: ParamUse, grad_output: Tensor, weights: Tensor, into: Tensor) -> None:
+        """Add the sum over examples of weights[i] * gradient i to `into`, shape parameter.shape."""
+        add_weighted(self.per_example_gradient(use, grad_output), weights, into)
+
+    def cost(self, use: ParamUse) -> Cost:
+        """Predicted work; rules that never form a large gradient report zero."""
+        return Cost(0.0, 0.0, 0.0)
+
+
+def squared_rows(gradients: Tensor) -> Tensor:
+    """Squared norm of each example's gradient: (B, *shape) to (B,), in float32 or wider."""
+    flat = gradients.reshape(gradients.shape[0], -1)
+    wide = torch.promote_types(flat.dtype, torch.float32)
+    if flat.is_complex():
+        flat = torch.view_as_real(flat).flatten(1)
+        wide = flat.dtype
+    return torch.linalg.vector_norm(flat, dim=1, dtype=wide).square()
+
+
+def add_weighted(gradients: Tensor, weights: Tensor, into: Tensor) -> None:
+    """Add sum_i weights[i] * gradients[i] to `into` in place; `gradients` has shape (B, *into.shape)."""
+    flat = gradients.reshape(gradients.shape[0], -1)
+    weights = weights.to(flat.dtype)
+    if into.is_contiguous() and into.dtype == flat.dtype:
+        into.view(-1).addmv_(flat.T, weights)
+    else:
+        into.add_((weights @ flat).view(into.shape))
+
+
+@dataclass(frozen=True)
+class Signature:
+    """An operation's operand names in order, and the rule of each operand that may be a parameter."""
+
+    names: tuple[str, ...]
+    rules: Mapping[str, Rule]
+
+
+_TABLE: dict[Callable[..., Any], Signature] = {}
+
+
+def register_rule(
+    functions: Callable[..., Any] | Iterable[Callable[..., Any]], names: Iterable[str], rules: Mapping[str, Rule]
+) -> None:
+    """Give operations their rules.
+
+    Args:
+        functions: torch functions or methods as the recorder sees them (e.g. `F.linear`, `torch.Tensor.add`).
+        names: the operation's argument names, in order.
+        rules: by argument name, the rule used when that argument is a parameter.
+    """
+    signature = Signature(tuple(names), dict(rules))
+    for function in [functions] if callable(functions) else functions:
+        _TABLE[function] = signature
+
+
+def make_claim(fallback: Rule) -> Callable[..., tuple[dict[str, Any], list[tuple[str | int, int, Any]]]]:
+    """The function by which the recorder asks who handles an operation; `fallback` handles what nobody claims."""
+
+    def claim(
+        function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], used: set[int]
+    ) -> tuple[dict[str, Any], list[tuple[str | int, int, Any]]]:
+        signature = _TABLE.get(function)
+        if signature is not None:
+            operands = dict(zip(signature.names, args, strict=False)) | kwargs
+            slots = [(name, id(value)) for name, value in operands.items() if id(value) in used]
+            known = {i for _, i in slots} == used and len(args) <= len(signature.names)
+            if known and all(n in signature.rules and signature.rules[n].claims(operands, n) for n, _ in slots):
+                return operands, [(name, i, signature.rules[name]) for name, i in slots]
+        first = {}
+        for position, tensor in enumerate(tensors_in((args, kwargs))):
+            if id(tensor) in used:
+                first.setdefault(id(tensor), position)
+        return {}, [(position, i, fallback) for i, position in first.items()]
+
+    return claim
