@@ -22,7 +22,7 @@ def per_example_gradients(model: nn.Module, loss_fn: Callable[[], Tensor]) -> di
 
 def norms(gradients: dict[str, Tensor]) -> Tensor:
     """(B,) norms over all parameters."""
-    return sum(g.double().flatten(1).square().sum(1) for g in gradients.values()).sqrt()
+    return sum(g.double().reshape(len(g), -1).square().sum(1) for g in gradients.values()).sqrt()
 
 
 def clipped_sum(gradients: dict[str, Tensor], max_grad_norm: float) -> dict[str, Tensor]:

@@ -1,0 +1,51 @@
+"""Every rule in every strategy against one example at a time, in float64 and float32."""
+
+from __future__ import annotations
+
+import oracle
+import pytest
+import torch
+from cases import CASES
+from torch import Tensor
+
+import dither
+
+BOUND = {torch.float64: 1e-10, torch.float32: 1e-5}
+
+
+@pytest.fixture(params=[torch.float64, torch.float32], ids=["float64", "float32"])
+def dtype(request):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(request.param)
+    yield request.param
+    torch.set_default_dtype(before)
+
+
+def losses(model, inputs, targets: list[Tensor]):
+    torch.manual_seed(3)  # the same dropout masks each time
+    output = model(*inputs).flatten(1)
+    if not targets:
+        targets.append(torch.randn_like(output))
+    return (output * targets[0]).sum(1) + output.square().sum(1)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_rule(name, dtype):
+    torch.manual_seed(0)
+    model, inputs = CASES[name]()
+    targets: list[Tensor] = []
+    truth = oracle.per_example_gradients(model, lambda: losses(model, inputs, targets))
+
+    def loss_fn() -> Tensor:
+        return losses(model, inputs, targets)
+
+    assert oracle.relative_error(dither.per_example_gradients(model, loss_fn), truth) <= BOUND[dtype]
+    norms = oracle.norms(truth)
+    torch.testing.assert_close(dither.per_example_norms(model, loss_fn).double(), norms, rtol=BOUND[dtype], atol=0)
+    bound = float(norms.median())  # some examples are clipped, some are not
+    expected = oracle.clipped_sum(truth, bound)
+    for strategy in ("auto", "hold", "ghost", "tile", "two_pass"):
+        result = dither.clipped_sum(model, loss_fn, max_grad_norm=bound, strategy=strategy)
+        assert oracle.relative_error(result.gradients, expected) <= BOUND[dtype], strategy
+        torch.testing.assert_close(result.norms.double(), norms, rtol=BOUND[dtype], atol=0, msg=strategy)
+        assert result.sensitivity == bound
