@@ -84,12 +84,18 @@ case("linear, rows batch-major", lambda: Rows(nn.Linear(5, 3), minor=False), nor
 case("linear, rows batch-minor", lambda: Rows(nn.Linear(5, 3), minor=True), normal(B, 6, 5))
 case("linear, rows batch-minor, T equals B", lambda: Rows(nn.Linear(5, 3), minor=True), normal(B, B, 5))
 case("linear, twice", lambda: nn.Sequential(shared := nn.Linear(5, 5), nn.Tanh(), shared), normal(B, 3, 5))
-case("linear, in place after", lambda: nn.Sequential(nn.Linear(5, 6), nn.ReLU(inplace=True), nn.Linear(6, 3)), normal(B, 5))
+case(
+    "linear, in place after",
+    lambda: nn.Sequential(nn.Linear(5, 6), nn.ReLU(inplace=True), nn.Linear(6, 3)),
+    normal(B, 5),
+)
 function("x @ w", lambda x, w: x @ w, normal(B, 6, 5), w=(5, 3))
 function("mm", lambda x, w: torch.mm(x, w), normal(B, 5), w=(5, 3))
 function("w @ x", lambda x, w: w @ x, normal(B, 5, 6), w=(3, 5))
 function("batched matmul", lambda x, w: torch.matmul(x, w), normal(B, 2, 6, 5), w=(2, 5, 3))
-function("bmm over rows of heads", lambda x, w: torch.bmm(x.transpose(0, 1), w).transpose(0, 1), normal(B, 2, 5), w=(2, 5, 3))
+function(
+    "bmm over rows of heads", lambda x, w: torch.bmm(x.transpose(0, 1), w).transpose(0, 1), normal(B, 2, 5), w=(2, 5, 3)
+)
 function("einsum", lambda x, w: torch.einsum("bthd,hdp->bthp", x, w), normal(B, 3, 2, 5), w=(2, 5, 4))
 function("addmm", lambda x, b, w: torch.addmm(b, x, w), normal(B, 5), b=(3,), w=(5, 3))
 function("weight used as module and function", lambda x, w: F.linear(F.linear(x, w), w.T), normal(B, 2, 5), w=(3, 5))
@@ -97,12 +103,26 @@ function("weight used as module and function", lambda x, w: F.linear(F.linear(x,
 # convolution
 for dims, conv, size in ((1, nn.Conv1d, (9,)), (2, nn.Conv2d, (7, 8)), (3, nn.Conv3d, (5, 4, 6))):
     for label, options in {
-        "plain": {}, "stride": {"stride": 2}, "padding": {"padding": 1}, "dilation": {"dilation": 2, "padding": 2},
-        "groups": {"groups": 2}, "depthwise": {"groups": 4, "bias": False}, "same": {"padding": "same"},
-        "reflect": {"padding": 1, "padding_mode": "reflect"}, "all": {"stride": 2, "padding": 2, "dilation": 2, "groups": 2},
+        "plain": {},
+        "stride": {"stride": 2},
+        "padding": {"padding": 1},
+        "dilation": {"dilation": 2, "padding": 2},
+        "groups": {"groups": 2},
+        "depthwise": {"groups": 4, "bias": False},
+        "same": {"padding": "same"},
+        "reflect": {"padding": 1, "padding_mode": "reflect"},
+        "all": {"stride": 2, "padding": 2, "dilation": 2, "groups": 2},
     }.items():
-        case(f"conv{dims}d {label}", lambda c=conv, o=options: c(4, 8, 3 if "dilation" not in o else 2, **o), normal(B, 4, *size))
-case("conv2d channels_last", lambda: nn.Conv2d(4, 6, 3), lambda: torch.randn(B, 4, 6, 6).to(memory_format=torch.channels_last))
+        case(
+            f"conv{dims}d {label}",
+            lambda c=conv, o=options: c(4, 8, 3 if "dilation" not in o else 2, **o),
+            normal(B, 4, *size),
+        )
+case(
+    "conv2d channels_last",
+    lambda: nn.Conv2d(4, 6, 3),
+    lambda: torch.randn(B, 4, 6, 6).to(memory_format=torch.channels_last),
+)
 case("conv2d, k rows", lambda: Frames(nn.Conv2d(3, 4, 3)), normal(B, 3, 3, 6, 6))
 
 
@@ -162,11 +182,15 @@ def _imul(x: Tensor, p: Tensor) -> Tensor:
 function("expand and cat", lambda x, c: torch.cat([c.expand(x.shape[0], -1, -1), x], 1), normal(B, 3, 5), c=(1, 2, 5))
 function("slice", lambda x, p: x + p[:3] * p[3:], normal(B, 3, 5), p=(6, 5))
 function("low rank", lambda x, w, a, b: F.linear(x, w + b @ a), normal(B, 4, 5), w=(3, 5), a=(2, 5), b=(3, 2))
-function("weight norm", lambda x, v, g: F.linear(x, g * v / v.norm(dim=1, keepdim=True)), normal(B, 5), v=(3, 5), g=(3, 1))
+function(
+    "weight norm", lambda x, v, g: F.linear(x, g * v / v.norm(dim=1, keepdim=True)), normal(B, 5), v=(3, 5), g=(3, 1)
+)
 function("cat of weights", lambda x, q, k: F.linear(x, torch.cat([q, k])), normal(B, 3, 5), q=(2, 5), k=(3, 5))
 function("transposed weight", lambda x, w: F.linear(x, w.t()), normal(B, 3, 5), w=(5, 4))
 function("constant ids", lambda x, w: x + F.embedding(torch.arange(x.shape[1]), w), normal(B, 3, 5), w=(7, 5))
-function("constant ids, T equals B", lambda x, w: x + F.embedding(torch.arange(x.shape[1]), w), normal(B, B, 5), w=(7, 5))
+function(
+    "constant ids, T equals B", lambda x, w: x + F.embedding(torch.arange(x.shape[1]), w), normal(B, B, 5), w=(7, 5)
+)
 
 # no rule: the fallback
 function("prelu", lambda x, w: F.prelu(x, w), normal(B, 5, 4), w=(5,))

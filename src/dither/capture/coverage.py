@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import CheckpointError
 
 from dither.capture.examples import ExampleAxis, candidates, consistent
 from dither.capture.uses import OpCall, Tape
@@ -68,6 +69,11 @@ def nothing_escapes(losses: Tensor, parameters: Mapping[str, Tensor]) -> Iterato
         for name, parameter in parameters.items():
             if parameter.grad is not None:
                 raise _escaped(name)
+    except CheckpointError as error:
+        raise CoverageError(
+            "An activation checkpoint recomputes its layers outside the recorder, so their gradients would not be clipped.",
+            fix="turn activation checkpointing off; strategy='two_pass' and smaller micro-batches save memory too",
+        ) from error
     finally:
         for leaf, grad in others:
             leaf.grad = grad

@@ -33,10 +33,6 @@ class ExampleAxis:
         """Length of the axis: outer * batch * inner."""
         return self.outer * self.batch * self.inner
 
-    def with_batch(self, batch: int) -> ExampleAxis:
-        """The same layout for another number of examples."""
-        return ExampleAxis(self.axis, self.outer, batch, self.inner)
-
     def split(self, tensor: Tensor) -> Tensor:
         """Bring the examples to the front.
 

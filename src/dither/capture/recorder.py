@@ -20,6 +20,26 @@ from dither.errors import BufferUpdateError, NestedRecorderError, UnsupportedOpE
 
 _PARAMETER, _DERIVED, _CONSTANT, _BUFFER = "parameter", "derived", "constant", "buffer"
 _RANDOM = ("rand", "normal", "bernoulli", "multinomial", "poisson", "dropout", "uniform", "exponential", "geometric")
+_REORDERING = {
+    "__getitem__",
+    "index_select",
+    "gather",
+    "take",
+    "take_along_dim",
+    "scatter",
+    "scatter_add",
+    "index_add",
+    "index_put",
+    "index_copy",
+    "masked_select",
+    "masked_scatter",
+    "sort",
+    "topk",
+    "unique",
+    "repeat_interleave",
+    "flip",
+    "roll",
+}
 _BACKWARD = {torch.Tensor.backward, torch.autograd.backward, torch.autograd.grad}
 _active = threading.local()
 
@@ -64,6 +84,8 @@ class Recorder(TorchFunctionMode):
         self._kinds: dict[int, tuple[str, Tensor]] = {id(b): (_BUFFER, b) for b in buffers}
         self._kinds |= {id(p): (_PARAMETER, p) for p in parameters.values()}
         self.anchor = torch.zeros((), requires_grad=True)
+        self._trace: list[Any] = []
+        self.reorders_by_data = False
 
     def __enter__(self) -> Recorder:
         """Start recording; one recorder at a time in a thread."""
@@ -91,6 +113,24 @@ class Recorder(TorchFunctionMode):
                 "A backward pass runs inside the loss function.",
                 fix="return the per-example loss and let dither run the backward pass; gradient penalties are not covered",
             )
+        output = self._dispatch(func, args, kwargs)
+        self._trace.append((func, _options(args), _options(kwargs)))
+        if not self.reorders_by_data and _base_name(func) in _REORDERING:
+            self._note_reordering(args, kwargs, output)
+        return output
+
+    @property
+    def trace(self) -> tuple[Any, ...]:
+        """Every operation that ran, with its options: where it is the same, so are the examples' places."""
+        return tuple(self._trace)
+
+    def _note_reordering(self, args: Any, kwargs: Any, output: Any) -> None:
+        """Remember that rows are picked by an index tensor, after a parameter was used: places may change by step."""
+        differentiable = any(t.requires_grad for t in tensors_in(output))
+        by_index = sum(1 for t in tensors_in((args, kwargs)) if not t.is_floating_point()) > 0
+        self.reorders_by_data = differentiable and by_index
+
+    def _dispatch(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         kinds = self._kinds
         used: set[int] = set()
         batch_free = True
@@ -161,8 +201,13 @@ class Recorder(TorchFunctionMode):
             rng_state = None
         outputs = [t for t in tensors_in(output) if t.is_floating_point() or t.is_complex()]
         call = OpCall(
-            index=len(self.tape.calls), function=func, args=saved_args, kwargs=saved_kwargs, operands=saved_operands,
-            output_shapes=tuple(t.shape for t in outputs), rng_state=rng_state,
+            index=len(self.tape.calls),
+            function=func,
+            args=saved_args,
+            kwargs=saved_kwargs,
+            operands=saved_operands,
+            output_shapes=tuple(t.shape for t in outputs),
+            rng_state=rng_state,
             versions=tuple((t, t._version) for t in tensors_in((saved_args, saved_kwargs))),
         )
         self.tape.calls.append(call)
@@ -185,10 +230,31 @@ class Recorder(TorchFunctionMode):
         return map_tensors(lambda t: replaced.get(id(t), t), output)
 
 
+def _base_name(function: Any) -> str:
+    name: str = getattr(function, "__name__", "")
+    return name if name.startswith("__") else name.removesuffix("_")
+
+
+def _options(tree: Any) -> Any:
+    """The arguments that are not tensors, hashable."""
+    if isinstance(tree, Tensor):
+        return None
+    if isinstance(tree, (list, tuple)):
+        return tuple(_options(item) for item in tree)
+    if isinstance(tree, dict):
+        return tuple((key, _options(item)) for key, item in tree.items())
+    if isinstance(tree, slice):
+        return ("slice", _options((tree.start, tree.stop, tree.step)))
+    return tree if isinstance(tree, (int, float, str, bool, torch.dtype)) else type(tree)
+
+
 def _is_in_place(name: str) -> bool:
     dunder = name.startswith("__")
-    return (name.endswith("_") and not dunder) or name == "__setitem__" or (dunder and name.startswith("__i") and name not in (
-        "__invert__", "__index__", "__int__"))
+    return (
+        (name.endswith("_") and not dunder)
+        or name == "__setitem__"
+        or (dunder and name.startswith("__i") and name not in ("__invert__", "__index__", "__int__"))
+    )
 
 
 def _detacher(clone: Tensor | None) -> Callable[[Tensor], Tensor]:

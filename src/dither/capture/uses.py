@@ -129,12 +129,3 @@ class Tape:
         """Hand an output gradient to whoever listens; called by autograd."""
         if self.sink is not None:
             self.sink(call, output, gradient)
-
-    def signature(self, batch: int) -> tuple[Any, ...]:
-        """What must be equal for decided example axes to be used again, whatever the batch size is."""
-        rows: list[Any] = []
-        for call in self.calls:
-            inputs = tuple(tuple(t.shape) for t in tensors_in((call.args, call.kwargs)))
-            rows.append((call.name, call.output_shapes, len(inputs), tuple(len(s) for s in inputs)))
-        names = tuple((use.call.index, use.slot, use.name) for use in self.uses)
-        return (batch, tuple(rows), names)

@@ -4,5 +4,10 @@ from dither.clipping.clipped_sum import ClippedSum, clipped_sum, per_example_gra
 from dither.clipping.verify import VerificationReport, verify
 
 __all__ = [
-    "ClippedSum", "VerificationReport", "clipped_sum", "per_example_gradients", "per_example_norms", "verify",
+    "ClippedSum",
+    "VerificationReport",
+    "clipped_sum",
+    "per_example_gradients",
+    "per_example_norms",
+    "verify",
 ]

@@ -19,6 +19,8 @@ from dither.clipping.plan import Plan, PlannedUse, choose
 from dither.errors import ConfigurationError, CoverageError
 from dither.rules import claim
 
+_KEPT_LAYOUTS = 4096
+
 LossFunction = Callable[[], Tensor]
 
 
@@ -26,8 +28,20 @@ LossFunction = Callable[[], Tensor]
 class _Memory:
     """What is kept between steps for a model: decided example axes and buffers."""
 
-    axes: dict[Any, dict[int, ExampleAxis | None]] = field(default_factory=dict)
+    axes: dict[int, dict[int, ExampleAxis | None]] = field(default_factory=dict)
     buffers: Buffers = field(default_factory=Buffers)
+
+    def recall(self, signature: Any) -> dict[int, ExampleAxis | None] | None:
+        """The axes kept for a signature."""
+        return None if signature is None else self.axes.get(hash(signature))
+
+    def keep(self, signature: Any, axes: dict[int, ExampleAxis | None]) -> None:
+        """Keep decided axes; only the signature's hash is kept, and a bounded number of them."""
+        if signature is None:
+            return
+        if len(self.axes) >= _KEPT_LAYOUTS:
+            self.axes.clear()
+        self.axes[hash(signature)] = axes
 
 
 _memories: weakref.WeakKeyDictionary[nn.Module, _Memory] = weakref.WeakKeyDictionary()
@@ -57,6 +71,7 @@ class Recording:
             losses = loss_fn()
         self.losses = check_loss(losses)
         self.tape: Tape = recorder.tape
+        self._layouts = None if recorder.reorders_by_data else recorder.trace
         self.batch = int(self.losses.shape[0])
         if self.batch and self.losses.grad_fn is None:
             raise CoverageError(
@@ -69,29 +84,27 @@ class Recording:
                 self._decide()
 
     def _decide(self) -> None:
-        signature = self._signature()
-        axes = self._memory.axes.get(signature)
-        if axes is not None:
-            axes = {i: None if axis is None else axis.with_batch(self.batch) for i, axis in axes.items()}
-        if axes is None or not self._fits(axes):
-            axes = decide_examples(self.tape, self.losses)
-            if self.batch > 1:
-                self._memory.axes[signature] = axes
+        axes = self._memory.recall(self._signature())
+        if axes is None:
+            axes = self._decide_anew()
         self._undecided = any(axis is None for axis in axes.values())
         with_axes(self.tape, axes)
 
-    def _signature(self) -> Any:
-        calls = tuple((c.name, tuple(len(s) for s in c.output_shapes)) for c in self.tape.calls)
-        uses = tuple((u.call.index, u.slot, u.name) for u in self.tape.uses)
-        return (self.batch == 1, calls, uses)
+    def _decide_anew(self) -> dict[int, ExampleAxis | None]:
+        axes = decide_examples(self.tape, self.losses)
+        self._memory.keep(self._signature(), axes)
+        return axes
 
-    def _fits(self, axes: Mapping[int, ExampleAxis | None]) -> bool:
-        """Whether decided axes, stretched to this batch, agree with every output's shape."""
-        for call in self.tape.calls:
-            axis = axes[call.index]
-            if axis is not None and call.output_shapes[0][axis.axis] != axis.size:
-                return False
-        return True
+    def _signature(self) -> Any:
+        """What must be the same for decided places to hold: every operation, its options, and every output's shape.
+
+        None, never kept, where rows are picked by an index tensor after a parameter was used.
+        """
+        if self._layouts is None:
+            return None
+        calls = tuple(call.output_shapes for call in self.tape.calls)
+        uses = tuple((use.call.index, use.slot, use.name) for use in self.tape.uses)
+        return (self.batch, self._layouts, calls, uses)
 
     @property
     def buffers(self) -> Buffers:
@@ -135,10 +148,7 @@ class Recording:
         late = [(call, gradient) for call, gradient in late if bool(gradient.any())]
         if not late:
             return
-        axes = decide_examples(self.tape, self.losses)
-        if self.batch > 1:
-            self._memory.axes[self._signature()] = axes
-        with_axes(self.tape, axes)
+        with_axes(self.tape, self._decide_anew())
         for call, gradient in late:
             for use in self.tape.uses:
                 if use.call.index == call:
@@ -202,14 +212,14 @@ class Gradients:
             if gradient is not None and isinstance(collector, Added):
                 collector.add(gradient)
 
-    def norms(self) -> Tensor:
-        """Per-example norms over all parameters, (B,), float64; an example whose squares overflow is done again wider."""
+    def norms(self, widen: bool = True) -> Tensor:
+        """Per-example norms over all parameters, (B,), float64; `widen`: do again those whose squares overflow."""
         squared = torch.zeros(self._recording.batch, dtype=torch.float64, device=self._recording.losses.device)
         for collector in self.collectors.values():
             part = collector.squared_norm()
             if part is not None:
                 squared += part.clamp_min(0)
-        if not bool(torch.isfinite(squared).all()):
+        if widen and not bool(torch.isfinite(squared).all()):
             self._widen(squared)
         return squared.sqrt()
 
@@ -220,7 +230,7 @@ class Gradients:
         for collector in self.collectors.values():
             gradients = collector.formed()
             if gradients is not None:
-                again += gradients[examples].double().flatten(1).square().sum(1)
+                again += gradients[examples].double().reshape(len(examples), -1).square().sum(1)
         squared[examples] = again
 
     def add_weighted_sum(self, weights: Tensor, into: Mapping[str, Tensor], dropped: Tensor) -> None:

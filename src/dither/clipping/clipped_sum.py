@@ -154,7 +154,7 @@ def _collect(recording: Recording, gradients: Gradients, forget: bool) -> Tensor
     if recording.batch:
         recording.backward(receive, keep_graph=forget)
     with torch.no_grad():
-        return gradients.norms()
+        return gradients.norms(widen=not forget)
 
 
 def _second_pass(recording: Recording, gradients: Gradients, factors: Tensor, sums: Mapping[str, Tensor]) -> None:

@@ -162,8 +162,11 @@ def _family(name: str) -> tuple[Any, ...]:
     """The function, the method, the operator and the in-place forms of an elementwise operation."""
     short = {"div": "truediv"}.get(name, name)
     owners = [
-        getattr(torch, name), getattr(torch.Tensor, name), getattr(torch.Tensor, f"{name}_"),
-        getattr(torch.Tensor, f"__{short}__"), getattr(torch.Tensor, f"__i{short}__"),
+        getattr(torch, name),
+        getattr(torch.Tensor, name),
+        getattr(torch.Tensor, f"{name}_"),
+        getattr(torch.Tensor, f"__{short}__"),
+        getattr(torch.Tensor, f"__i{short}__"),
     ]
     for owner in owners:
         _PLAIN[owner] = getattr(torch, name)
@@ -175,18 +178,18 @@ def _register() -> None:
     register_rule(_family("add"), pair, {s: BroadcastAdd(s) for s in pair})
     register_rule(torch.Tensor.__radd__, pair, {s: BroadcastAdd(s) for s in pair})
     register_rule(_family("sub"), pair, {"input": BroadcastAdd("input"), "other": BroadcastAdd("other", -1.0)})
-    register_rule(
-        torch.Tensor.__rsub__, pair, {"input": BroadcastAdd("input", -1.0), "other": BroadcastAdd("other")}
-    )
+    register_rule(torch.Tensor.__rsub__, pair, {"input": BroadcastAdd("input", -1.0), "other": BroadcastAdd("other")})
     register_rule((*_family("mul"), torch.Tensor.__rmul__), pair, {s: Multiply(s) for s in pair})
     register_rule(_family("div"), pair, {s: Elementwise(s) for s in pair})
     register_rule(
-        F.layer_norm, ("input", "normalized_shape", "weight", "bias", "eps"),
+        F.layer_norm,
+        ("input", "normalized_shape", "weight", "bias", "eps"),
         {"weight": NormWeight(_layer), "bias": BroadcastAdd()},
     )
     register_rule(F.rms_norm, ("input", "normalized_shape", "weight", "eps"), {"weight": NormWeight(_rms)})
     register_rule(
-        F.group_norm, ("input", "num_groups", "weight", "bias", "eps"),
+        F.group_norm,
+        ("input", "num_groups", "weight", "bias", "eps"),
         {"weight": NormWeight(_group, channels=True), "bias": ChannelBias()},
     )
 

@@ -69,7 +69,9 @@ class ConvWeight(Rule):
         g = grad_output.flatten(2).mT.unflatten(2, (groups, -1))
         layout = use.examples
         common = torch.promote_types(x.dtype, g.dtype)
-        return self._per_example(layout.split(x), groups).to(common), self._per_example(layout.split(g), groups).to(common)
+        return self._per_example(layout.split(x), groups).to(common), self._per_example(layout.split(g), groups).to(
+            common
+        )
 
     @staticmethod
     def _per_example(rows: Tensor, groups: int) -> Tensor:
@@ -104,7 +106,17 @@ class ConvWeight(Rule):
         weight = use.operand("weight")
         zeros = [0] * self.dims
         (_, gradient, _) = torch.ops.aten.convolution_backward(
-            g, x.to(g.dtype), weight.to(g.dtype), None, stride, zeros, dilation, False, zeros, groups, [False, True, False]
+            g,
+            x.to(g.dtype),
+            weight.to(g.dtype),
+            None,
+            stride,
+            zeros,
+            dilation,
+            False,
+            zeros,
+            groups,
+            [False, True, False],
         )
         into.add_(gradient)
 
