@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import oracle
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,6 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import dither
+import oracle
 from dither import errors
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import oracle
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dither
+import oracle
 from dither import errors
 
 STRATEGIES = ("auto", "hold", "ghost", "tile", "two_pass")
@@ -183,7 +183,7 @@ def test_coupling_behind_a_weight_that_is_zero_is_refused():
         dither.clipped_sum(model, lambda: model(x).sum(1))
 
 
-@pytest.mark.parametrize("reduce", [lambda l: l.mean(), lambda l: l, lambda l: None, lambda l: l.sum(1).long()])
+@pytest.mark.parametrize("reduce", [lambda x: x.mean(), lambda x: x, lambda x: None, lambda x: x.sum(1).long()])
 def test_a_loss_that_is_not_one_number_per_example_is_refused(reduce):
     model, x = nn.Linear(3, 2), torch.randn(4, 3)
     with pytest.raises(errors.LossShapeError, match="one loss per example"):
@@ -267,3 +267,13 @@ def test_bad_arguments_name_the_fix():
     model.requires_grad_(False)
     with pytest.raises(errors.ConfigurationError, match="trainable"):
         dither.clipped_sum(model, loss_fn)
+
+
+def test_examples_on_an_axis_that_an_operation_mixes_are_refused():
+    x = torch.randn(3, 7, 4)  # (features, length, B)
+    conv = nn.Conv1d(7, 5, 1)
+    with pytest.raises(errors.ExampleAxisError):
+        dither.clipped_sum(conv, lambda: conv(x).square().sum((0, 1)))
+    linear = nn.Linear(3, 4)
+    with pytest.raises(errors.CaptureError):  # the output features are called examples
+        dither.clipped_sum(linear, lambda: linear(torch.randn(6, 3)).square().sum(0))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import oracle
 import pytest
 import torch
 from cases import CASES
 from torch import Tensor
 
 import dither
+import oracle
 
 BOUND = {torch.float64: 1e-10, torch.float32: 1e-5}
 

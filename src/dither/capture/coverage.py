@@ -71,7 +71,7 @@ def nothing_escapes(losses: Tensor, parameters: Mapping[str, Tensor]) -> Iterato
                 raise _escaped(name)
     except CheckpointError as error:
         raise CoverageError(
-            "An activation checkpoint recomputes its layers outside the recorder, so their gradients would not be clipped.",
+            "An activation checkpoint recomputes its layers outside the recorder: their gradients would escape.",
             fix="turn activation checkpointing off; strategy='two_pass' and smaller micro-batches save memory too",
         ) from error
     finally:
@@ -182,7 +182,7 @@ def _coupled(tape: Tape, index: int, example: int) -> CoupledExamplesError:
     return CoupledExamplesError(
         f"Example {example}'s loss and another example's loss both depend on the same entries of the output of "
         f"{_where(tape, index)}.",
-        fix="remove what mixes examples (batch normalisation or batch statistics in the model or the loss: use group or "
+        fix="remove what mixes examples (batch normalisation or statistics in the model or the loss: use group or "
         "layer normalisation); a constant input of a layer must be a buffer of the model",
     )
 
@@ -197,6 +197,6 @@ def _undecided(tape: Tape, index: int, example: int, batch: int) -> CoupledExamp
     return CoupledExamplesError(
         f"Example {example}'s loss depends on other examples, or on rows in no regular order, through the output of "
         f"{_where(tape, index)}, shape {shape}, with {batch} examples.",
-        fix="remove what mixes examples (batch normalisation or batch statistics in the model or the loss: use group or "
+        fix="remove what mixes examples (batch normalisation or statistics in the model or the loss: use group or "
         "layer normalisation), and keep each example's rows together",
     )

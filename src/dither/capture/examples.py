@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dither.errors import ExampleAxisError
+
 
 @dataclass(frozen=True)
 class ExampleAxis:
@@ -42,7 +44,7 @@ class ExampleAxis:
         Returns:
             Shape (B, ..., outer, inner, ...): a view where the memory allows one.
         """
-        unflattened = tensor.unflatten(self.axis, (self.outer, self.batch, self.inner))
+        unflattened: Tensor = tensor.unflatten(self.axis, (self.outer, self.batch, self.inner))
         return unflattened.movedim(self.axis + 1, 0)
 
     def rows(self, tensor: Tensor) -> Tensor:
@@ -50,6 +52,11 @@ class ExampleAxis:
 
         The last axis must not be the example axis, unless B is 1.
         """
+        if self.batch > 1 and self.axis == tensor.dim() - 1:
+            raise ExampleAxisError(
+                f"The examples lie on the feature axis of an operation's output, shape {tuple(tensor.shape)}.",
+                fix="move the examples to another axis before the operation",
+            )
         if tensor.dim() == 1:
             return tensor.reshape(1, 1, -1)
         if self.axis == 0 and self.outer == 1:

@@ -57,12 +57,12 @@ class _Anchor(torch.autograd.Function):
     """A graph node for a fresh output, without a copy, so that in-place operations after it keep working."""
 
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, output: Tensor) -> Tensor:  # noqa: D102 (autograd's own interface)
+    def forward(ctx: Any, anchor: Tensor, output: Tensor) -> Tensor:
         ctx.mark_dirty(output)
         return output
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None]:  # noqa: D102 (autograd's own interface)
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None]:
         return None, None
 
 
@@ -111,7 +111,7 @@ class Recorder(TorchFunctionMode):
         if func in _BACKWARD:
             raise NestedRecorderError(
                 "A backward pass runs inside the loss function.",
-                fix="return the per-example loss and let dither run the backward pass; gradient penalties are not covered",
+                fix="return the per-example loss and let dither run the backward pass; no gradient penalties",
             )
         output = self._dispatch(func, args, kwargs)
         self._trace.append((func, _options(args), _options(kwargs)))
@@ -167,20 +167,20 @@ class Recorder(TorchFunctionMode):
             if kind is None or kind[0] == _CONSTANT:
                 self._kinds[id(tensor)] = (_DERIVED if tensor.requires_grad else _CONSTANT, tensor)
         if _is_in_place(getattr(func, "__name__", "")) and args and isinstance(args[0], Tensor):
-            for tensor in (args[0], args[0]._base):
-                if tensor is not None and tensor.requires_grad and id(tensor) not in self._names:
+            for tensor in (args[0], *([] if args[0]._base is None else [args[0]._base])):
+                if tensor.requires_grad and id(tensor) not in self._names:
                     self._kinds[id(tensor)] = (_DERIVED, tensor)
         return output
 
     def _forget_constant(self, target: Tensor, name: str) -> None:
-        for tensor in (target, target._base):
+        for tensor in (target, *([] if target._base is None else [target._base])):
             kind = self._kinds.get(id(tensor))
-            if tensor is None or kind is None:
+            if kind is None:
                 continue
             if kind[0] == _BUFFER:
                 raise BufferUpdateError(
                     f"A buffer of shape {tuple(tensor.shape)} is changed in place by {name} from the examples.",
-                    fix="make the buffer a constant (eval mode, or track_running_stats=False): what it learns is not private",
+                    fix="make the buffer a constant (eval mode, track_running_stats=False): it would not be private",
                 )
             del self._kinds[id(tensor)]
 

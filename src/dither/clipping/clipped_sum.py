@@ -188,7 +188,7 @@ def _check_rows(recording: Recording, rows_per_example: int | None) -> None:
         raise ConfigurationError(f"rows_per_example must be at least 1; it is {rows_per_example}.", fix="pass None")
     for use in recording.tape.uses:
         axis = use.axis
-        if axis is None or axis.batch == 1 or axis.inner == 1 and axis.outer == 1:
+        if axis is None or axis.batch == 1 or (axis.inner == 1 and axis.outer == 1):
             continue
         if axis.outer != 1 or axis.inner % rows_per_example:
             raise ExampleAxisError(

@@ -1,4 +1,4 @@
-"""Clipping functions: per-example norms to factors. Each states its L2 sensitivity for adding or removing one example."""
+"""Clipping functions: per-example norms to factors. Each states its L2 sensitivity, add or remove one example."""
 
 from __future__ import annotations
 

@@ -60,6 +60,7 @@ class Elementwise(Rule):
         operands = {**use.call.operands, self.slot: leaf}
         with torch.enable_grad():
             output = _out_of_place(use)(*operands.values())
+        gradient: Tensor
         (gradient,) = torch.autograd.grad(output, leaf, grad_output)
         return gradient
 
@@ -116,7 +117,10 @@ def channel_sum(use: ParamUse, entries: Tensor) -> Tensor:
     if layout.axis == channel:  # one unbatched example
         return entries.sum(others).unsqueeze(0) if others else entries.unsqueeze(0)
     entries = entries.sum(others) if others else entries
-    return entries.unflatten(0, (layout.outer, layout.batch, layout.inner)).sum((0, 2))
+    if layout.axis > channel:
+        entries = entries.T
+    runs: Tensor = entries.unflatten(0, (layout.outer, layout.batch, layout.inner))
+    return runs.sum((0, 2))
 
 
 def _spatial(use: ParamUse, entries: Tensor) -> int:
@@ -155,7 +159,7 @@ def _out_of_place(use: ParamUse) -> Callable[..., Tensor]:
     return _PLAIN[use.call.function]
 
 
-_PLAIN: dict[Any, Any] = {}
+_PLAIN: dict[Any, Callable[..., Tensor]] = {}
 
 
 def _family(name: str) -> tuple[Any, ...]:

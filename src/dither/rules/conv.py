@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dither.capture.uses import ParamUse
+from dither.errors import ExampleAxisError
 from dither.rules.affine import ChannelBias
 from dither.rules.linear import outer_ghost_norm, outer_gradient, outer_tile_norm
 from dither.rules.rule import Cost, Rule, register_rule
@@ -29,7 +30,7 @@ class ConvWeight(Rule):
 
     def claims(self, operands: Mapping[str, Any], slot: str) -> bool:
         """Batched inputs; an unbatched one goes to the fallback."""
-        return operands["input"].dim() == self.dims + 2
+        return bool(operands["input"].dim() == self.dims + 2)
 
     def _options(self, use: ParamUse) -> tuple[list[int], list[tuple[int, int]], list[int], int]:
         stride = self._tuple(use.operand("stride"), 1)
@@ -56,6 +57,11 @@ class ConvWeight(Rule):
 
     def _rows(self, use: ParamUse, grad_output: Tensor) -> tuple[Tensor, Tensor]:
         """Patches (B * groups, T, C/groups * K) and gradients (B * groups, T, O/groups)."""
+        if use.examples.axis != 0:
+            raise ExampleAxisError(
+                f"The examples lie along axis {use.examples.axis} of the output of {use.call.name} ({use.name}).",
+                fix="put the examples on axis 0 of a convolution's input",
+            )
         stride, _, dilation, groups = self._options(use)
         taps = use.parameter.shape[2:]
         x = self._padded(use)
@@ -63,7 +69,7 @@ class ConvWeight(Rule):
             x = x.unfold(2 + axis, spread * (size - 1) + 1, step)[..., ::spread]
         # (N, C, *positions, *taps) to (N, positions, groups, C/groups * K)
         count, channels = x.shape[:2]
-        positions = [slice_ for slice_ in range(2, 2 + self.dims)]
+        positions = list(range(2, 2 + self.dims))
         x = x.permute(0, *positions, 1, *range(2 + self.dims, 2 + 2 * self.dims))
         x = x.reshape(count, -1, groups, (channels // groups) * taps.numel())
         g = grad_output.flatten(2).mT.unflatten(2, (groups, -1))

@@ -47,7 +47,7 @@ class Fallback(Rule):
             (gradients,) = torch.autograd.grad(output, leaf, masked, is_grads_batched=True)
         except RuntimeError as error:
             raise UnsupportedOpError(
-                f"{call.name} uses parameter {use.name}, has no rule, and cannot be differentiated per example: {error}",
+                f"{call.name} uses parameter {use.name}, has no rule and no per-example derivative: {error}",
                 fix="write the step with other torch operations, or register a rule (CONTRIBUTING.md)",
             ) from error
         return gradients

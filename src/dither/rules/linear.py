@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dither.capture.uses import ParamUse
-from dither.errors import ExampleAxisError
 from dither.rules.affine import BroadcastAdd
 from dither.rules.rule import Cost, Rule, register_rule, squared_rows
 
@@ -75,14 +74,13 @@ class LinearWeight(Rule):
 
     def claims(self, operands: Mapping[str, Any], slot: str) -> bool:
         """Two-dimensional weights on the right."""
-        return operands[slot].dim() == 2 and operands["input"].dim() >= 2
+        return bool(operands[slot].dim() == 2 and operands["input"].dim() >= 2)
 
     def _rows(self, use: ParamUse, grad_output: Tensor) -> tuple[Tensor, Tensor]:
         x = use.operand("input")
-        if use.examples.batch > 1 and use.examples.axis == grad_output.dim() - 1:
-            from_feature_axis(use)
         common = torch.promote_types(x.dtype, grad_output.dtype)
-        return use.examples.rows(x).to(common), use.examples.rows(grad_output).to(common)
+        g_BTp = use.examples.rows(grad_output).to(common)
+        return use.examples.rows(x).to(common), g_BTp
 
     def _pair(self, use: ParamUse, grad_output: Tensor) -> tuple[Tensor, Tensor]:
         """The right and left factors of the gradient in the parameter's own orientation."""
@@ -121,14 +119,6 @@ class LinearWeight(Rule):
         rows = max(1, x.numel() // max(1, batch * x.shape[-1]))
         ghost = 2.0 * batch * rows * rows * (p + d) if rows > 1 else 0.0
         return Cost(2.0 * batch * rows * p * d, ghost, float(batch * p * d * use.parameter.element_size()))
-
-
-def from_feature_axis(use: ParamUse) -> None:
-    """Raise: the examples lie on the axis that the operation mixes."""
-    raise ExampleAxisError(
-        f"The examples lie on the feature axis of {use.call.name}'s output (parameter {use.name}).",
-        fix="move the examples to another axis before this operation",
-    )
 
 
 def _at_least_float32(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:

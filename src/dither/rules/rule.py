@@ -75,7 +75,8 @@ def squared_rows(gradients: Tensor) -> Tensor:
     if flat.is_complex():
         flat = torch.view_as_real(flat).flatten(1)
         wide = flat.dtype
-    return torch.linalg.vector_norm(flat, dim=1, dtype=wide).square()
+    norms: Tensor = torch.linalg.vector_norm(flat, dim=1, dtype=wide)
+    return norms.square()
 
 
 def add_weighted(gradients: Tensor, weights: Tensor, into: Tensor) -> None:
@@ -127,7 +128,7 @@ def make_claim(fallback: Rule) -> Callable[..., tuple[dict[str, Any], list[tuple
             known = {i for _, i in slots} == used and len(args) <= len(signature.names)
             if known and all(n in signature.rules and signature.rules[n].claims(operands, n) for n, _ in slots):
                 return operands, [(name, i, signature.rules[name]) for name, i in slots]
-        first = {}
+        first: dict[int, int] = {}
         for position, tensor in enumerate(tensors_in((args, kwargs))):
             if id(tensor) in used:
                 first.setdefault(id(tensor), position)
