@@ -1,0 +1,5 @@
+"""Data sets for private training."""
+
+from dither.data.digits import digits as digits
+
+__all__ = ["digits"]

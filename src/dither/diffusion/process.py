@@ -1,0 +1,148 @@
+"""The forward process: how an image is noised, what the network predicts, how timesteps are drawn.
+
+The noise schedule is diffusers' (`DDPMScheduler`); a sampler built from the same `Process` agrees with it.
+
+Shapes: R rows (examples times noise draws), x_0 and x_t (R, C, H, W), timesteps (R,) int64 in 0..timesteps-1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from dither.errors import ConfigurationError
+
+Prediction = Literal["epsilon", "v", "sample"]
+Weighting = Literal["uniform", "snr", "min_snr"]
+
+# diffusers' names for the prediction targets
+_PREDICTION_TYPES = {"epsilon": "epsilon", "v": "v_prediction", "sample": "sample"}
+_WEIGHTINGS = ("uniform", "snr", "min_snr")
+_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
+
+
+@dataclass(frozen=True)
+class Process:
+    """A variance-preserving diffusion, x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) noise.
+
+    All fields are public constants of a run.
+
+    Args:
+        timesteps: number of noise levels.
+        beta_schedule: diffusers' name of the schedule: "linear", "scaled_linear", "squaredcos_cap_v2".
+        prediction: what the network outputs: the noise "epsilon" (Ho et al. 2020), the velocity "v"
+            (Salimans & Ho 2022) or the clean image "sample".
+        weighting: weight of a row's squared error beyond the prediction's own: "uniform", "snr"
+            (alpha_bar / (1 - alpha_bar)) or "min_snr" (Hang et al. 2023, gamma 5: min(snr, 5) on the
+            error of x_0, whatever is predicted).
+        min_timestep: lowest timestep that training draws, inclusive.
+        max_timestep: highest, exclusive; None means `timesteps`.
+        learn_sigma: the network's second half of channels parametrises the reverse variance.
+
+    Raises:
+        ConfigurationError: an unknown name or an empty range of timesteps.
+    """
+
+    timesteps: int = 1000
+    beta_schedule: str = "linear"
+    prediction: Prediction = "epsilon"
+    weighting: Weighting = "uniform"
+    min_timestep: int = 0
+    max_timestep: int | None = None
+    learn_sigma: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work."""
+        _require("prediction", self.prediction, tuple(_PREDICTION_TYPES))
+        _require("weighting", self.weighting, _WEIGHTINGS)
+        _require("beta_schedule", self.beta_schedule, _SCHEDULES)
+        low, high = self._range()
+        if not 0 <= low < high <= self.timesteps:
+            raise ConfigurationError(
+                f"timesteps {low}..{high} are not a range within 0..{self.timesteps}",
+                fix="keep 0 <= min_timestep < max_timestep <= timesteps",
+            )
+        if self.learn_sigma and self.prediction != "epsilon":
+            raise ConfigurationError(
+                f"learn_sigma goes with prediction 'epsilon', not {self.prediction!r}",
+                fix="use prediction='epsilon' or learn_sigma=False",
+            )
+
+    def scheduler_settings(self) -> dict[str, Any]:
+        """Return the keyword arguments that make any diffusers scheduler agree with this process."""
+        return {
+            "num_train_timesteps": self.timesteps,
+            "beta_schedule": self.beta_schedule,
+            "prediction_type": _PREDICTION_TYPES[self.prediction],
+        }
+
+    @cached_property
+    def scheduler(self) -> Any:
+        """The diffusers `DDPMScheduler` whose noise levels training uses."""
+        from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+
+        variance_type = "learned_range" if self.learn_sigma else "fixed_small"
+        return DDPMScheduler(**self.scheduler_settings(), variance_type=variance_type)
+
+    @cached_property
+    def alphas_cumprod(self) -> Tensor:
+        """alpha_bar, (timesteps,) float32."""
+        alphas: Tensor = self.scheduler.alphas_cumprod
+        return alphas
+
+    def draw_timesteps(
+        self, count: int, draws: int = 1, *, stratified: bool = False, device: Any = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Draw timesteps, uniform on the training range: (count, draws) int64.
+
+        Args:
+            count: number of examples.
+            draws: draws per example.
+            stratified: one draw in each of `draws` equal parts of the range (each still uniform over the
+                whole range on average, so the loss has the same expectation and less variance).
+            device: where the timesteps live.
+            generator: source of randomness; None is torch's global one.
+        """
+        low, high = self._range()
+        position = torch.rand(count, draws, device=device, generator=generator)
+        if stratified:
+            position = (position + torch.arange(draws, device=device)) / draws
+        return (low + (position * (high - low)).long()).clamp_(max=high - 1)
+
+    def add_noise(self, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """Return x_t for clean x_0, standard normal noise (both (R, C, H, W)) and timesteps (R,)."""
+        noised: Tensor = self.scheduler.add_noise(x_0, noise, t)
+        return noised
+
+    def target(self, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """Return what the network should output at x_t, (R, C, H, W)."""
+        if self.prediction == "epsilon":
+            return noise
+        if self.prediction == "sample":
+            return x_0
+        velocity: Tensor = self.scheduler.get_velocity(x_0, noise, t)
+        return velocity
+
+    def weight(self, t: Tensor) -> Tensor:
+        """Return the weight of each row's mean squared error, (R,) float32."""
+        if self.weighting == "uniform":
+            return torch.ones(t.shape, device=t.device)
+        alpha_bar = self.alphas_cumprod.to(t.device)[t]
+        snr = alpha_bar / (1 - alpha_bar)
+        if self.weighting == "snr":
+            return snr
+        per_x_0 = {"sample": torch.ones_like(snr), "epsilon": snr, "v": snr + 1}[self.prediction]
+        return snr.clamp(max=5.0) / per_x_0
+
+    def _range(self) -> tuple[int, int]:
+        return self.min_timestep, self.timesteps if self.max_timestep is None else self.max_timestep
+
+
+def _require(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ConfigurationError(f"{name} {value!r} is not known", fix=f"choose one of {', '.join(known)}")

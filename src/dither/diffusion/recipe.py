@@ -1,0 +1,107 @@
+"""The recipe of the demo: private training of a tiny DiT on 8 x 8 digits.
+
+Every field is a public constant, fixed before the run. Privacy parameters (epsilon, delta, clip norm) that
+the ledger needs are handed to `PrivateTraining` by the caller.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from dither.diffusion.dit import DiT, dit
+from dither.diffusion.loss import DiffusionLoss
+from dither.diffusion.process import Prediction, Process, Weighting
+from dither.errors import ConfigurationError
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Settings of private diffusion training; the defaults are the digits demo's."""
+
+    model: str = "DiT-tiny"
+    hidden_size: int = 48
+    depth: int = 2
+    num_heads: int = 4
+    patch_size: int = 2
+    multiplicity: int = 8
+    expected_batch_size: int = 718
+    steps: int = 250
+    learning_rate: float = 3e-3
+    lr_schedule: Literal["constant", "cosine", "linear"] = "linear"
+    max_grad_norm: float = 0.1
+    ema_decay: float = 0.95
+    prediction: Prediction = "epsilon"
+    weighting: Weighting = "uniform"
+    timesteps: int = 1000
+    beta_schedule: str = "linear"
+    label_dropout: float = 0.1
+    sampler: str = "ddim"
+    sampler_steps: int = 50
+    guidance: float = 1.0
+
+
+def build_model(recipe: Recipe, input_size: int, in_channels: int, num_classes: int) -> DiT:
+    """Build the recipe's DiT for images (in_channels, input_size, input_size) of `num_classes` classes."""
+    return dit(
+        recipe.model,
+        input_size=input_size,
+        in_channels=in_channels,
+        num_classes=num_classes,
+        hidden_size=recipe.hidden_size,
+        depth=recipe.depth,
+        num_heads=recipe.num_heads,
+        patch_size=recipe.patch_size,
+        class_dropout_prob=recipe.label_dropout,
+        learn_sigma=False,
+    )
+
+
+def build_process(recipe: Recipe) -> Process:
+    """Build the forward process that training and sampling share."""
+    return Process(
+        timesteps=recipe.timesteps,
+        beta_schedule=recipe.beta_schedule,
+        prediction=recipe.prediction,
+        weighting=recipe.weighting,
+    )
+
+
+def build_loss(recipe: Recipe, num_classes: int) -> DiffusionLoss:
+    """Build the per-example loss; its `rows_per_example` is the recipe's multiplicity."""
+    return DiffusionLoss(build_process(recipe), recipe.multiplicity, recipe.label_dropout, num_classes)
+
+
+def build_optimizer(recipe: Recipe, model: nn.Module) -> tuple[torch.optim.Optimizer, LambdaLR]:
+    """Build Adam and its learning-rate schedule over the recipe's steps; step both once per logical batch."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.Adam(parameters, lr=recipe.learning_rate)
+
+    def factor(step: int) -> float:
+        left = max(0.0, 1 - step / recipe.steps)
+        if recipe.lr_schedule == "constant":
+            return 1.0
+        if recipe.lr_schedule == "linear":
+            return left
+        if recipe.lr_schedule == "cosine":
+            return 0.5 * (1 - math.cos(math.pi * left))
+        raise ConfigurationError(
+            f"lr_schedule {recipe.lr_schedule!r} is not known", fix="choose constant, cosine or linear"
+        )
+
+    return optimizer, LambdaLR(optimizer, factor)
+
+
+def build_ema(recipe: Recipe, model: nn.Module) -> AveragedModel:
+    """Build the running average of the weights; call `.update_parameters(model)` after each step.
+
+    The average of private weights is post-processing. Sample from `.module`.
+    """
+    average = get_ema_multi_avg_fn(recipe.ema_decay)  # type: ignore[no-untyped-call]
+    return AveragedModel(model, multi_avg_fn=average)
