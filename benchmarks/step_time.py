@@ -29,8 +29,13 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.manual_seed(0)
     model = DiT(
-        input_size=arguments.size, patch_size=2, hidden_size=arguments.width, depth=arguments.depth,
-        num_heads=arguments.heads, learn_sigma=False, position="learned",
+        input_size=arguments.size,
+        patch_size=2,
+        hidden_size=arguments.width,
+        depth=arguments.depth,
+        num_heads=arguments.heads,
+        learn_sigma=False,
+        position="learned",
     )
     with torch.no_grad():  # away from the zero initialisation, where half of the backward pass multiplies zeros
         for parameter in model.parameters():
@@ -65,8 +70,13 @@ def main() -> None:
         return step
 
     steps = {
-        "plain": plain, "auto": private("auto"), "auto + noise": private("auto", noisy=True), "hold": private("hold"),
-        "ghost": private("ghost"), "tile": private("tile"), "two_pass": private("two_pass"),
+        "plain": plain,
+        "auto": private("auto"),
+        "auto + noise": private("auto", noisy=True),
+        "hold": private("hold"),
+        "ghost": private("ghost"),
+        "tile": private("tile"),
+        "two_pass": private("two_pass"),
     }
     for step in steps.values():
         step()

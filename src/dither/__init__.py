@@ -10,12 +10,14 @@ from dither.clipping import (
 )
 from dither.errors import DitherError
 from dither.rules import register_rule
+from dither.training import PrivateTraining
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ClippedSum",
     "DitherError",
+    "PrivateTraining",
     "VerificationReport",
     "__version__",
     "clipped_sum",

@@ -49,7 +49,7 @@ _memories: weakref.WeakKeyDictionary[nn.Module, _Memory] = weakref.WeakKeyDictio
 
 def trainable(model: nn.Module) -> dict[str, Tensor]:
     """The model's trainable parameters by name; a tied parameter once, by its first name."""
-    found = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    found: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not found:
         raise ConfigurationError("The model has no trainable parameters.", fix="set requires_grad=True on some of them")
     return found

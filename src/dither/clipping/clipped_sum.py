@@ -81,7 +81,7 @@ def clipped_sum(
     recording = Recording(model, loss_fn)
     _check_rows(recording, rows_per_example)
     sums = _sums(recording.parameters, into)
-    budget = _free_memory(recording.losses.device) / 2 if memory_budget is None else memory_budget
+    budget = free_memory(recording.losses.device) / 2 if memory_budget is None else memory_budget
     gradients = Gradients(recording, strategy, budget)
     two_pass = strategy == "two_pass"
     norms = _collect(recording, gradients, two_pass)
@@ -198,7 +198,7 @@ def _check_rows(recording: Recording, rows_per_example: int | None) -> None:
             )
 
 
-def _free_memory(device: torch.device) -> float:
+def free_memory(device: torch.device) -> float:
     """Free bytes on a device; of the machine for a CPU."""
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])

@@ -8,7 +8,6 @@ A parameter used several times, or through other tensors computed from it, is al
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from dither.capture.uses import ParamUse
@@ -91,7 +90,3 @@ def choose(use: ParamUse, strategy: str, memory_left: float) -> str:
         return "hold"
     return "ghost" if cost.ghost <= cost.hold else "tile"
 
-
-def held_bytes(uses: Iterable[ParamUse]) -> float:
-    """Bytes of all per-example gradients of these uses."""
-    return sum(use.rule.cost(use).held_bytes for use in uses)

@@ -102,6 +102,8 @@ class DiT(nn.Module):
         num_classes: labels run from 0 to `num_classes - 1`.
         learn_sigma: double the output channels; the second half parametrises the reverse variance.
         position: "sincos" is a fixed table, "learned" a trainable one started there.
+        label_std: standard deviation of the label table's start; 0.02 as published. About 1 makes a class
+            weigh as much as the timestep from the first step on, which few noisy steps need.
 
     Raises:
         ConfigurationError: sizes that do not divide each other, or an unknown `position`.
@@ -120,6 +122,7 @@ class DiT(nn.Module):
         num_classes: int = 1000,
         learn_sigma: bool = True,
         position: Position = "sincos",
+        label_std: float = 0.02,
     ) -> None:
         super().__init__()
         if position not in ("sincos", "learned"):
@@ -135,7 +138,7 @@ class DiT(nn.Module):
         self.pos_embed = nn.Parameter(table.to(self.x_embedder.proj.weight.device), requires_grad=position == "learned")
         self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
-        _initialise(self)
+        _initialise(self, label_std)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor, drop_label: Tensor | None = None) -> Tensor:
         """Predict from a noisy image.
@@ -211,7 +214,7 @@ def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _initialise(model: DiT) -> None:
+def _initialise(model: DiT, label_std: float) -> None:
     """Start every block as the identity and the output at zero (sec. 3.2, adaLN-Zero)."""
     for module in model.modules():
         if isinstance(module, nn.Linear):
@@ -222,7 +225,9 @@ def _initialise(model: DiT) -> None:
     if patches.bias is not None:
         nn.init.zeros_(patches.bias)
     for name, parameter in model.named_parameters():
-        if name.startswith(("y_embedder.", "t_embedder.")) and name.endswith("weight"):
+        if name.startswith("t_embedder.") and name.endswith("weight"):
             nn.init.normal_(parameter, std=0.02)
+        if name.startswith("y_embedder."):
+            nn.init.normal_(parameter, std=label_std)
         if "adaLN_modulation" in name or name.startswith("final_layer.linear"):
             nn.init.zeros_(parameter)

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from dither.errors import ConfigurationError
 
-Prediction = Literal["epsilon", "v", "sample"]
+Prediction = Literal["epsilon", "v", "sample", "edm"]
 Weighting = Literal["uniform", "snr", "min_snr"]
 
-# diffusers' names for the prediction targets
-_PREDICTION_TYPES = {"epsilon": "epsilon", "v": "v_prediction", "sample": "sample"}
+# diffusers' names for what `Process.denoiser_output` hands to a scheduler
+_PREDICTION_TYPES = {"epsilon": "epsilon", "v": "v_prediction", "sample": "sample", "edm": "sample"}
 _WEIGHTINGS = ("uniform", "snr", "min_snr")
 _SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 
@@ -35,7 +35,9 @@ class Process:
         timesteps: number of noise levels.
         beta_schedule: diffusers' name of the schedule: "linear", "scaled_linear", "squaredcos_cap_v2".
         prediction: what the network outputs: the noise "epsilon" (Ho et al. 2020), the velocity "v"
-            (Salimans & Ho 2022) or the clean image "sample".
+            (Salimans & Ho 2022), the clean image "sample", or "edm": what a Wiener filter of white images
+            leaves over (Karras et al. 2022, sec. 5), so that a network of zeros already denoises.
+        sigma_data: standard deviation of a pixel within its class, for "edm": a public guess.
         weighting: weight of a row's squared error beyond the prediction's own: "uniform", "snr"
             (alpha_bar / (1 - alpha_bar)) or "min_snr" (Hang et al. 2023, gamma 5: min(snr, 5) on the
             error of x_0, whatever is predicted).
@@ -50,6 +52,7 @@ class Process:
     timesteps: int = 1000
     beta_schedule: str = "linear"
     prediction: Prediction = "epsilon"
+    sigma_data: float = 0.5
     weighting: Weighting = "uniform"
     min_timestep: int = 0
     max_timestep: int | None = None
@@ -60,6 +63,8 @@ class Process:
         _require("prediction", self.prediction, tuple(_PREDICTION_TYPES))
         _require("weighting", self.weighting, _WEIGHTINGS)
         _require("beta_schedule", self.beta_schedule, _SCHEDULES)
+        if self.sigma_data <= 0:
+            raise ConfigurationError(f"sigma_data {self.sigma_data} is not above 0", fix="0.5 is usual")
         low, high = self._range()
         if not 0 <= low < high <= self.timesteps:
             raise ConfigurationError(
@@ -125,8 +130,18 @@ class Process:
             return noise
         if self.prediction == "sample":
             return x_0
+        if self.prediction == "edm":
+            skip, scale = self._preconditioning(t)
+            return (x_0 - skip * self.add_noise(x_0, noise, t)) / scale
         velocity: Tensor = self.scheduler.get_velocity(x_0, noise, t)
         return velocity
+
+    def denoiser_output(self, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """Turn the network's output (R, C, H, W) into what a scheduler of `scheduler_settings` expects."""
+        if self.prediction != "edm":
+            return output
+        skip, scale = self._preconditioning(t)
+        return skip * x_t + scale * output
 
     def weight(self, t: Tensor) -> Tensor:
         """Return the weight of each row's mean squared error, (R,) float32."""
@@ -136,8 +151,22 @@ class Process:
         snr = alpha_bar / (1 - alpha_bar)
         if self.weighting == "snr":
             return snr
-        per_x_0 = {"sample": torch.ones_like(snr), "epsilon": snr, "v": snr + 1}[self.prediction]
+        per_x_0 = {
+            "sample": torch.ones_like(snr),
+            "epsilon": snr,
+            "v": snr + 1,
+            "edm": snr + self.sigma_data**-2,
+        }[self.prediction]
         return snr.clamp(max=5.0) / per_x_0
+
+    def _preconditioning(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Return c_skip and c_out of Karras et al. 2022, table 1, for a variance-preserving x_t: (R, 1, 1, 1)."""
+        alpha_bar = self.alphas_cumprod.to(t.device)[t].view(-1, 1, 1, 1)
+        variance = self.sigma_data**2 * alpha_bar + 1 - alpha_bar
+        return (
+            self.sigma_data**2 * alpha_bar.sqrt() / variance,
+            self.sigma_data * ((1 - alpha_bar) / variance).sqrt(),
+        )
 
     def _range(self) -> tuple[int, int]:
         return self.min_timestep, self.timesteps if self.max_timestep is None else self.max_timestep

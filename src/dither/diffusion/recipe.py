@@ -38,6 +38,8 @@ class Recipe:
     max_grad_norm: float = 0.1
     ema_decay: float = 0.95
     prediction: Prediction = "epsilon"
+    sigma_data: float = 0.5
+    label_std: float = 0.02
     weighting: Weighting = "uniform"
     timesteps: int = 1000
     beta_schedule: str = "linear"
@@ -59,6 +61,7 @@ def build_model(recipe: Recipe, input_size: int, in_channels: int, num_classes: 
         num_heads=recipe.num_heads,
         patch_size=recipe.patch_size,
         class_dropout_prob=recipe.label_dropout,
+        label_std=recipe.label_std,
         learn_sigma=False,
     )
 
@@ -69,6 +72,7 @@ def build_process(recipe: Recipe) -> Process:
         timesteps=recipe.timesteps,
         beta_schedule=recipe.beta_schedule,
         prediction=recipe.prediction,
+        sigma_data=recipe.sigma_data,
         weighting=recipe.weighting,
     )
 
@@ -103,5 +107,5 @@ def build_ema(recipe: Recipe, model: nn.Module) -> AveragedModel:
 
     The average of private weights is post-processing. Sample from `.module`.
     """
-    average = get_ema_multi_avg_fn(recipe.ema_decay)  # type: ignore[no-untyped-call]
+    average = get_ema_multi_avg_fn(recipe.ema_decay)
     return AveragedModel(model, multi_avg_fn=average)

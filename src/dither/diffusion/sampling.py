@@ -82,6 +82,7 @@ def sample(
                 output = _guided(model, scheduler.scale_model_input(x, t), t, y, guidance)
                 if process.learn_sigma and sampler != "ddpm":
                     output = output.chunk(2, dim=1)[0]
+                output = process.denoiser_output(output, x, t)
                 extra = {} if sampler == "ddim" else {"generator": generator}
                 x = scheduler.step(output, t, x, **extra).prev_sample
                 if progress is not None:

@@ -1,0 +1,65 @@
+"""The certificate: what a run guarantees, in one JSON-serialisable dictionary."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dither.accounting import NEIGHBOURING_RELATION, accountant_name
+
+if TYPE_CHECKING:
+    from dither.training import PrivateTraining
+
+_NOT_PRIVATE = ("batch_size", "loss", "clip_fraction", "dropped")
+
+
+def certificate(training: PrivateTraining) -> dict[str, Any]:
+    """What was guaranteed, to whom, by which mechanism.
+
+    Args:
+        training: a run, finished or not.
+
+    Returns:
+        JSON-serialisable. "epsilon" is spent, "planned_epsilon" of the whole run; both hold only where "private".
+    """
+    reasons = []
+    if training.seed is not None:
+        reasons.append(f"seed={training.seed}: batches and noise can be computed by whoever knows the seed")
+    sampler = training.sampler
+    return {
+        "private": not reasons,
+        "reasons": reasons,
+        "mechanism": "DP-SGD: Gaussian noise on sums of clipped per-example gradients of Poisson batches",
+        "neighbouring_relation": NEIGHBOURING_RELATION,
+        "unit_of_privacy": "one example of the dataset",
+        "epsilon": training.epsilon(),
+        "delta": training.delta,
+        "planned_epsilon": training.planned_epsilon,
+        "target_epsilon": training.target_epsilon,
+        "accountant": accountant_name(),
+        "ledger": [asdict(event) for event in training.ledger.events],
+        "noise_multiplier": training.noise_multiplier,
+        "max_grad_norm": training.max_grad_norm,
+        "clipping": training.clipping,
+        "sensitivity": training.sensitivity,
+        "sampling": "Poisson",
+        "sample_rate": sampler.sample_rate,
+        "expected_batch_size": sampler.expected_batch_size,
+        "dataset_size": sampler.dataset_size,
+        "steps_done": training.index,
+        "steps_planned": training.steps,
+        "resumed": training.resumed,
+        "verification": training.verification,
+        "not_private_values_that_left_the_process": list(_NOT_PRIVATE) if training.index else [],
+        "versions": {"dither": _dither_version(), "torch": str(torch.__version__)},
+    }
+
+
+def _dither_version() -> str:
+    try:
+        return version("dither")
+    except PackageNotFoundError:  # run from a source tree
+        return "unknown"

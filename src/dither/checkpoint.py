@@ -1,0 +1,139 @@
+"""Checkpoints: one folder, written so that a crash leaves the old state or the new one.
+
+The folder holds one `state-<step>-<token>.pt`, which `torch.load(weights_only=True)` reads (weights, optimizer, EMA,
+ledger, settings), and `checkpoint.json`, which names it and its SHA-256 and is replaced atomically and last. Other
+files in the folder are left alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dither.errors import DitherError, OutputPathError, RunFolderError
+
+_FORMAT = "dither checkpoint 1"
+_MANIFEST = "checkpoint.json"
+
+
+def write(path: Path, state: Mapping[str, Any], step: int) -> None:
+    """Write a state; the one that was there before is removed once the new one is complete.
+
+    Args:
+        path: the folder; made if missing.
+        state: tensors and plain values, which `torch.load(weights_only=True)` can read.
+        step: number of completed steps.
+
+    Raises:
+        OutputPathError: the folder cannot be written.
+    """
+    token = secrets.token_hex(4)
+    name = f"state-{step:08d}-{token}.pt"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with open(path / name, "wb") as file:
+            torch.save(dict(state), file)
+            file.flush()
+            os.fsync(file.fileno())
+        manifest = {"format": _FORMAT, "state": name, "sha256": _sha256(path / name), "step": step}
+        temporary = path / f"{_MANIFEST}.{token}"
+        with open(temporary, "w") as text:
+            json.dump(manifest, text, indent=2)
+            text.flush()
+            os.fsync(text.fileno())
+        os.replace(temporary, path / _MANIFEST)
+        for other in path.glob("state-*-*.pt"):
+            if other.name != name:
+                other.unlink(missing_ok=True)
+    except (OSError, RuntimeError) as error:
+        (path / name).unlink(missing_ok=True) if path.is_dir() else None
+        raise OutputPathError(
+            f"The checkpoint cannot be written to {path}: {error}", fix="check the path, its permissions, and the disk"
+        ) from error
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The state of a folder, on the CPU.
+
+    Raises:
+        RunFolderError: the folder is missing, damaged, or not dither's.
+    """
+    if not (path / _MANIFEST).is_file():
+        raise RunFolderError(
+            f"{path} is not a dither checkpoint: it has no {_MANIFEST}.", fix="pass the folder that `save` wrote"
+        )
+    with reading(path):
+        manifest = json.loads((path / _MANIFEST).read_text())
+        if manifest["format"] != _FORMAT:
+            raise RunFolderError(
+                f"{path} has format {manifest['format']!r}; this dither reads {_FORMAT!r}.",
+                fix="resume with the dither that wrote it",
+            )
+        file = path / Path(manifest["state"]).name
+        if _sha256(file) != manifest["sha256"]:
+            raise RunFolderError(
+                f"{file} is damaged: its SHA-256 is not the manifest's.", fix="restore the folder from a copy"
+            )
+        state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+        return state
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn what a damaged file raises into an error that says so; dither's own errors pass."""
+    try:
+        yield
+    except DitherError:
+        raise
+    except Exception as error:  # a damaged file fails in as many ways as there are readers
+        raise RunFolderError(
+            f"{path} cannot be read as this run's checkpoint: {type(error).__name__}: {error}",
+            fix="restore the folder from a copy, or start a new run",
+        ) from error
+
+
+def fingerprint(parameters: Mapping[str, Tensor], optimizer: object, scheduler: object) -> dict[str, Any]:
+    """What must be the same for a state to fit: parameter shapes and the kinds of optimizer and scheduler."""
+    return {
+        "parameters": {name: list(parameter.shape) for name, parameter in parameters.items()},
+        "optimizer": type(optimizer).__name__,
+        "scheduler": None if scheduler is None else type(scheduler).__name__,
+    }
+
+
+def check_fingerprint(saved: Mapping[str, Any], given: Mapping[str, Any], path: Path) -> None:
+    """Compare fingerprints.
+
+    Raises:
+        RunFolderError: they differ.
+    """
+    for kind in ("optimizer", "scheduler"):
+        if saved[kind] != given[kind]:
+            raise RunFolderError(
+                f"{path} was saved with {kind} {saved[kind]}; it is resumed with {given[kind]}.",
+                fix=f"build the same {kind} and pass it to resume",
+            )
+    for name in {**saved["parameters"], **given["parameters"]}:
+        before, now = saved["parameters"].get(name), given["parameters"].get(name)
+        if before != now:
+            raise RunFolderError(
+                f"{path} is of another model: trainable parameter {name} has shape {before} there and {now} here.",
+                fix="build the model as for the saved run, with the same parameters trainable",
+            )
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()

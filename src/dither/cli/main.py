@@ -1,0 +1,91 @@
+"""The `dither` command: finds the subcommand, and turns errors into messages and exit codes.
+
+Exit codes: 0 done; 2 something in the request cannot work (message and fix on stderr); 130 interrupted, resumable.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "train": "train a diffusion transformer privately; with no arguments, on digits, in about three minutes",
+    "sample": "draw images of a class from a trained run",
+    "budget": "epsilon from noise, noise from epsilon, steps from both",
+}
+"""By name, one line of help; the command lives in `dither.cli.<name>`, imported only when it is asked for."""
+
+USAGE = """usage: dither COMMAND [options]
+
+Train PyTorch models under differential privacy.
+
+commands:
+{commands}
+
+Start here:
+  dither train                                          a run folder under runs/, samples.png inside
+  dither sample runs/digits-... --label 3 --count 16    more images of one class
+  dither budget --dataset_size 60000 --batch_size 1024 --steps 5000 --epsilon 8 --delta 1e-5
+
+`dither COMMAND --help` explains each option. `--debug` shows tracebacks. `dither --version` prints the version.
+"""
+
+
+def usage() -> str:
+    """The text of `dither --help`."""
+    return USAGE.format(commands="\n".join(f"  {name:8} {line}" for name, line in COMMANDS.items()))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        arguments: the words after `dither`; those of the process if not given.
+
+    Returns:
+        The exit code.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(usage(), end="")
+        return 0
+    if words[0] in ("-V", "--version"):
+        from dither import __version__
+
+        print(f"dither {__version__}")
+        return 0
+    if words[0] not in COMMANDS:
+        return _complain(f"there is no command {words[0]!r}", f"use one of: {', '.join(COMMANDS)}; see dither --help")
+    return _run(words[0], words[1:], debug)
+
+
+def _run(command: str, words: list[str], debug: bool) -> int:
+    from dither.errors import DitherError
+
+    try:
+        return int(importlib.import_module(f"dither.cli.{command}").run(words))
+    except DitherError as error:
+        if debug:
+            raise
+        return _complain(error.what, error.fix)
+    except ModuleNotFoundError as error:
+        if debug or (error.name or "").startswith("dither"):
+            raise
+        return _complain(f"the package {error.name} is not installed", "pip install 'dither[cli]'")
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        print("Interrupted.", file=sys.stderr)
+        return 130
+
+
+def _complain(what: str, fix: str) -> int:
+    print(f"dither: {what}\n  Fix: {fix}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

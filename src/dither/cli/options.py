@@ -1,0 +1,123 @@
+"""The options of `dither train`.
+
+Privacy parameters change what is claimed; performance flags never do. They share no dataclass.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from jsonargparse import ActionConfigFile, ArgumentParser
+
+from dither.cli.parsing import Formatter
+from dither.diffusion.recipe import Recipe
+
+EXAMPLES = """
+examples:
+  dither train                                          digits, epsilon 10, about three minutes on two cores
+  dither train --epsilon 3 --output runs/strict         less spent, blurrier digits
+  dither train --steps 20                               a quick look that everything works
+  dither train --noise_multiplier 2.0                   noise given, epsilon reported
+  dither train --config runs/strict/config.yaml         the same options again; add --output to name the new run
+  dither train --resume runs/strict                     go on where Ctrl-C or a crash ended it
+  dither train --performance.strategy ghost             another way to the same sums; the claim stays
+
+--epsilon, --delta, --steps, --noise_multiplier, --max_grad_norm, --threads and --strategy are short for the
+options of the same name above. A run is a folder: weights, EMA, samples.png, certificate.json, TensorBoard log, state.
+"""
+
+SHORT = {
+    f"--{name}": f"--{group}.{name}"
+    for group, names in {
+        "privacy": ("epsilon", "delta", "steps", "noise_multiplier", "max_grad_norm", "expected_batch_size"),
+        "performance": ("strategy", "microbatch_size", "threads"),
+    }.items()
+    for name in names
+}
+
+
+@dataclass(frozen=True)
+class Privacy:
+    """What the certificate will state. Fixed before the run; nothing here is derived from the data.
+
+    Args:
+        epsilon: the budget; the noise that meets it is computed. Give this or noise_multiplier.
+        delta: probability with which the epsilon bound may fail; well below 1 / number of examples.
+        noise_multiplier: standard deviation of the noise in units of max_grad_norm, instead of epsilon.
+        max_grad_norm: each example's gradient is scaled down to this norm.
+        expected_batch_size: each example joins a batch with probability expected_batch_size / number of examples.
+        steps: noisy steps; each spends some of the budget.
+        clipping: how a gradient is scaled to its bound.
+    """
+
+    epsilon: float | None = 10.0
+    delta: float = 1e-4
+    noise_multiplier: float | None = None
+    max_grad_norm: float = Recipe.max_grad_norm
+    expected_batch_size: int = Recipe.expected_batch_size
+    steps: int = Recipe.steps
+    clipping: str = "flat"
+
+
+@dataclass(frozen=True)
+class Performance:
+    """How fast and with how much memory the same sums are formed. Nothing here changes the claim.
+
+    Args:
+        strategy: how norms and clipped sums are formed; auto chooses the cheapest for each use.
+        microbatch_size: examples in one forward and backward pass; auto fits memory.
+        memory_budget: bytes that per-example gradients and activations may take; by default what is free.
+        threads: of torch; by default one per core.
+    """
+
+    strategy: Literal["auto", "hold", "ghost", "tile", "two_pass"] = "auto"
+    microbatch_size: int | Literal["auto"] = "auto"
+    memory_budget: float | None = None
+    threads: int | None = None
+
+
+@dataclass(frozen=True)
+class Options:
+    """Everything `dither train` was told."""
+
+    privacy: Privacy
+    performance: Performance
+    recipe: Recipe
+    output: Path | None
+    resume: Path | None
+    seed: int | None
+    save_every: float
+    text: str
+    """The options as config.yaml holds them: without output and resume."""
+
+
+def train_parser() -> ArgumentParser:
+    """The parser of `dither train`."""
+    parser = ArgumentParser(
+        prog="dither train",
+        usage="dither train [options]",
+        description="Train a class-conditional diffusion transformer under differential privacy.",
+        epilog=EXAMPLES,
+        formatter_class=Formatter,
+        exit_on_error=False,
+        default_env=False,
+    )
+    parser.add_argument("--config", action=ActionConfigFile, help="a YAML file of these options; words after it win")
+    parser.add_argument(
+        "--output", type=Path | None, default=None, help="the new run folder; by default runs/digits-<time>"
+    )
+    parser.add_argument("--resume", type=Path | None, default=None, help="a run folder to continue")
+    parser.add_argument(
+        "--seed",
+        type=int | None,
+        default=None,
+        help="fixes all randomness, for tests: the certificate then says NOT PRIVATE",
+    )
+    parser.add_argument("--save_every", type=float, default=30.0, help="seconds between saves of the resumable state")
+    parser.add_class_arguments(Privacy, "privacy")
+    parser.add_class_arguments(Performance, "performance")
+    # What the ledger knows is a privacy option, and has one place.
+    parser.add_class_arguments(Recipe, "recipe", skip={"steps", "expected_batch_size", "max_grad_norm"})
+    return parser

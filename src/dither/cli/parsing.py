@@ -1,0 +1,42 @@
+"""What the commands' parsers share: help that can be read, and dither's own error for words that do not parse."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
+
+from dither.errors import ConfigurationError
+
+
+class Formatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the line breaks of the examples, and calls a value by the last part of its option's name."""
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        return action.dest.rsplit(".", 1)[-1].upper()
+
+
+def parse(parser: ArgumentParser, words: Sequence[str], **settings: Any) -> Namespace:
+    """`parser.parse_args`, with dither's own error in place of a usage message.
+
+    Raises:
+        ConfigurationError: an unknown option or a value of the wrong type.
+    """
+    try:
+        return parser.parse_args(list(words), **settings)
+    except argparse.ArgumentError as error:
+        raise ConfigurationError(_plain(str(error)), fix=f"see {parser.prog} --help") from None
+
+
+def _plain(message: str) -> str:
+    """Say an error of jsonargparse in the words of a user: the option, the value, what it may be."""
+    message = " ".join(message.split())
+    found = re.search(r'^Parser key "([\w.]+)".*(?:Given|Got) value: (.*)$', message)
+    if not found:
+        return re.sub(r'^Parser key "([\w.]+)":', r"--\1:", message)
+    choices = re.findall(r"Expected (?:an? )?(?:<class '(\w+)'>|typing\.Literal\[(.*?)\])", message)
+    allowed = [name or literals for name, literals in choices if name != "NoneType"]
+    return f"--{found[1]} {found[2]} is not known; it may be: {' or '.join(allowed)}"

@@ -1,0 +1,127 @@
+"""From words and files to the options of `dither train`, checked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from jsonargparse import ArgumentParser, Namespace
+
+from dither.cli.options import SHORT, Options, Performance, train_parser
+from dither.cli.parsing import parse
+from dither.cli.run_folder import RunFolder
+from dither.diffusion.recipe import Recipe
+from dither.diffusion.sampling import SAMPLERS
+from dither.errors import ConfigurationError, DitherError, RunFolderError
+
+RESUMABLE = ("resume", "save_every", "performance.")
+"""What may be given together with --resume: nothing that the ledger knows."""
+
+
+def read_options(words: Sequence[str]) -> Options:
+    """Parse the words after `dither train`.
+
+    Raises:
+        ConfigurationError: an unknown option, a value of the wrong type, or options that exclude each other.
+        RunFolderError: --resume names a run whose config.yaml is missing or damaged.
+    """
+    words = [expand(word) for word in words]
+    parser = train_parser()
+    given = parse(parser, words, defaults=False)
+    if given.get("resume") is None:
+        return _options(parser, parse(parser, words), given)
+    return _resumed_options(parser, words, given)
+
+
+def read_run_recipe(config: Path) -> Recipe:
+    """The recipe in a run's config.yaml.
+
+    Raises:
+        RunFolderError: missing or damaged.
+    """
+    parser = train_parser()
+    parsed = _parse_run_config(parser, config, [])
+    return _options(parser, parsed, Namespace()).recipe
+
+
+def expand(word: str) -> str:
+    """Spell a short option out: --epsilon=3 becomes --privacy.epsilon=3."""
+    name, equals, value = word.partition("=")
+    return SHORT.get(name, name) + equals + value
+
+
+def _resumed_options(parser: ArgumentParser, words: Sequence[str], given: Namespace) -> Options:
+    refused = [key for key in given.keys(branches=False) if not key.startswith(RESUMABLE)]
+    if refused:
+        raise ConfigurationError(
+            f"--{refused[0]} cannot change when a run is resumed",
+            fix="leave it out; only --performance.* and --save_every may differ",
+        )
+    folder = RunFolder.open(given.resume)
+    return _options(parser, _parse_run_config(parser, folder.config, words), given)
+
+
+def _parse_run_config(parser: ArgumentParser, config: Path, words: Sequence[str]) -> Namespace:
+    if not config.is_file():
+        raise RunFolderError(f"{config} is missing", fix="give a complete run folder of `dither train`")
+    try:
+        parse(parser, ["--config", str(config)])
+    except (DitherError, ValueError, TypeError) as error:
+        raise RunFolderError(f"{config} is damaged: {error}", fix="restore it from a copy, or train again") from None
+    return parse(parser, ["--config", str(config), *words])
+
+
+def _options(parser: ArgumentParser, parsed: Namespace, given: Namespace) -> Options:
+    parsed.pop("config", None)
+    if parsed.privacy.noise_multiplier is not None:
+        if given.get("privacy.epsilon") is not None:
+            raise ConfigurationError(
+                "both epsilon and noise_multiplier are given", fix="give one; the other follows from it"
+            )
+        parsed.privacy.epsilon = None
+    made = parser.instantiate(parsed)
+    privacy = made.privacy
+    recipe = replace(
+        made.recipe,
+        steps=privacy.steps,
+        expected_batch_size=privacy.expected_batch_size,
+        max_grad_norm=privacy.max_grad_norm,
+    )
+    _check(recipe, made.performance, made.save_every)
+    kept = parsed.clone()
+    kept.output = kept.resume = None
+    return Options(
+        privacy=privacy,
+        performance=made.performance,
+        recipe=recipe,
+        output=made.output,
+        resume=made.resume,
+        seed=made.seed,
+        save_every=made.save_every,
+        text=parser.dump(kept, skip_unset=False),
+    )
+
+
+def _check(recipe: Recipe, performance: Performance, save_every: float) -> None:
+    """Refuse now what would otherwise fail when the model is built, or only after the training."""
+    if recipe.sampler not in SAMPLERS:
+        raise ConfigurationError(f"--recipe.sampler {recipe.sampler} is not known", fix=f"one of {', '.join(SAMPLERS)}")
+    if not 1 <= recipe.sampler_steps <= recipe.timesteps:
+        raise ConfigurationError(
+            f"--recipe.sampler_steps {recipe.sampler_steps} is outside 1..{recipe.timesteps}", fix="choose 20 to 250"
+        )
+    positive = {
+        f"--recipe.{name}": getattr(recipe, name)
+        for name in ("hidden_size", "depth", "num_heads", "patch_size", "multiplicity", "learning_rate", "timesteps")
+    }
+    optional = {
+        "--privacy.steps": recipe.steps,
+        "--performance.threads": performance.threads,
+        "--performance.memory_budget": performance.memory_budget,
+        "--save_every": save_every,
+    }
+    for option, value in {**positive, **optional}.items():
+        if value is not None and not 0 < value < math.inf:
+            raise ConfigurationError(f"{option} {value} is not above 0", fix="give a positive number")

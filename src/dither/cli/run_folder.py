@@ -1,0 +1,185 @@
+"""The run folder: what a training run leaves on disk, and how it is found again.
+
+run.json            marks the folder as a run; the images' size, channels and classes
+config.yaml         every option; `dither train --config` repeats the run with it
+model.safetensors   raw weights          ema.safetensors   their running average
+state/              what `dither train --resume` needs
+tensorboard/        curves               samples.png       labelled grid
+certificate.json    the privacy claim
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dither.errors import OutputPathError, RunFolderError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FORMAT = "dither run 1"
+
+
+@dataclass(frozen=True)
+class Images:
+    """What the model generates. Public facts of the data set.
+
+    Args:
+        dataset: name of the data set.
+        input_size: side in pixels.
+        in_channels: colour channels.
+        num_classes: labels run from 0 to `num_classes - 1`.
+    """
+
+    dataset: str
+    input_size: int
+    in_channels: int
+    num_classes: int
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A run folder and the facts in its run.json."""
+
+    path: Path
+    images: Images
+
+    @property
+    def config(self) -> Path:
+        """Every option of the run."""
+        return self.path / "config.yaml"
+
+    @property
+    def state(self) -> Path:
+        """What a resume needs."""
+        return self.path / "state"
+
+    @property
+    def tensorboard(self) -> Path:
+        """The curves."""
+        return self.path / "tensorboard"
+
+    @property
+    def samples(self) -> Path:
+        """The labelled grid."""
+        return self.path / "samples.png"
+
+    @property
+    def certificate(self) -> Path:
+        """The privacy claim."""
+        return self.path / "certificate.json"
+
+    @classmethod
+    def create(cls, path: Path, images: Images) -> RunFolder:
+        """Make a new run folder.
+
+        Raises:
+            OutputPathError: the path holds something already or cannot be written.
+        """
+        if path.exists() and not path.is_dir():
+            raise OutputPathError(f"{path} is a file, not a folder", fix="give --output another path")
+        if path.is_dir() and any(path.iterdir()):
+            raise OutputPathError(
+                f"{path} is not empty, and dither overwrites no run",
+                fix=f"give --output another path, or continue that run: dither train --resume {path}",
+            )
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            text = json.dumps({"format": FORMAT, "images": asdict(images)}, indent=2)
+            (path / "run.json").write_text(text + "\n")
+        except OSError as error:
+            raise OutputPathError(
+                f"{path} cannot be written: {error.strerror}", fix="give --output a path you may write"
+            ) from error
+        return cls(path, images)
+
+    @classmethod
+    def open(cls, path: Path) -> RunFolder:
+        """Find a run again.
+
+        Raises:
+            RunFolderError: no folder there, not dither's, or damaged.
+        """
+        if not path.is_dir():
+            raise RunFolderError(
+                f"{path} is not a folder", fix="give the folder that `dither train` named when it began"
+            )
+        marker = path / "run.json"
+        if not marker.is_file():
+            raise RunFolderError(
+                f"{path} has no run.json, so dither did not write it", fix="give a run folder of `dither train`"
+            )
+        try:
+            content = json.loads(marker.read_text())
+            if content["format"] != FORMAT:
+                raise RunFolderError(
+                    f"{marker} says format {content['format']!r}; this dither reads {FORMAT!r}",
+                    fix="use the dither version that wrote the run",
+                )
+            return cls(path, Images(**content["images"]))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise RunFolderError(
+                f"{marker} is damaged: {error}", fix="restore it from a copy, or train again"
+            ) from error
+
+    def discard(self) -> None:
+        """Take a folder back that `create` just made."""
+        (self.path / "run.json").unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self.path.rmdir()
+
+    def save_weights(self, name: str, weights: Mapping[str, Tensor]) -> None:
+        """Write weights to `<name>.safetensors`."""
+        from safetensors.torch import save_file
+
+        tensors = {key: value.detach().cpu().contiguous().clone() for key, value in weights.items()}
+        save_file(tensors, str(self.path / f"{name}.safetensors"))
+
+    def load_weights(self, name: str) -> dict[str, Tensor]:
+        """Read weights from `<name>.safetensors`.
+
+        Raises:
+            RunFolderError: missing or damaged.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        file = self.path / f"{name}.safetensors"
+        if not file.is_file():
+            raise RunFolderError(
+                f"{file} is missing: the run has not finished or was damaged",
+                fix=f"finish it: dither train --resume {self.path}",
+            )
+        try:
+            return dict(load_file(str(file)))
+        except (SafetensorError, OSError) as error:
+            raise RunFolderError(
+                f"{file} is damaged: {error}", fix=f"write it again: dither train --resume {self.path}"
+            ) from error
+
+    def save_certificate(self, certificate: Mapping[str, Any]) -> None:
+        """Write certificate.json."""
+        self.certificate.write_text(json.dumps(certificate, indent=2) + "\n")
+
+
+def check_writable(file: Path) -> None:
+    """Refuse, before any work, a file that could not be written after it.
+
+    Raises:
+        OutputPathError: its folder does not exist or cannot be written, or the path is a folder.
+    """
+    if file.is_dir():
+        raise OutputPathError(f"{file} is a folder", fix="give a file name, e.g. samples.png")
+    try:
+        descriptor, probe = tempfile.mkstemp(dir=file.parent)
+    except OSError as error:
+        raise OutputPathError(f"{file} cannot be written: {error.strerror}", fix="give a path you may write") from error
+    os.close(descriptor)
+    os.unlink(probe)

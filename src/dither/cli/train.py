@@ -1,0 +1,165 @@
+"""`dither train`: one command from data to weights, samples and a certificate."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from dither.cli.interrupts import StopRequest
+from dither.cli.options import Options, Performance
+from dither.cli.progress import TrainingProgress
+from dither.cli.reading import read_options
+from dither.cli.results import write_results, write_samples
+from dither.cli.run_folder import Images, RunFolder
+from dither.errors import RunFolderError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from dither.training import PrivateTraining
+
+DIGITS = Images(dataset="digits", input_size=8, in_channels=1, num_classes=10)
+INTERRUPTED = 130
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run ready to take its next step."""
+
+    folder: RunFolder
+    options: Options
+    model: nn.Module
+    training: PrivateTraining
+
+
+def run(words: Sequence[str]) -> int:
+    """Run `dither train`; returns the exit code."""
+    options = read_options(words)
+    import torch
+
+    if options.performance.threads is not None:
+        torch.set_num_threads(options.performance.threads)
+    console = Console()
+    ready = _resume(options) if options.resume is not None else _start(options)
+    folder = ready.folder.path
+    console.print(f"Run folder {folder}", highlight=False, soft_wrap=True)
+    if options.seed is not None:
+        console.print("A seed makes the noise predictable: this run is NOT PRIVATE.", style="bold red")
+    finished = _train(ready, console)
+    write_results(ready.folder, ready.model, ready.training)
+    if not finished:
+        console.print(f"Interrupted. Go on with:\n  dither train --resume {folder}", highlight=False, soft_wrap=True)
+        return INTERRUPTED
+    write_samples(ready.folder, ready.model, options.recipe, ready.training.ema)
+    epsilon, delta = ready.training.epsilon(), options.privacy.delta
+    console.print(f"Spent epsilon {epsilon:.3f} at delta {delta:g}.", highlight=False)
+    console.print(f"Samples {ready.folder.samples}", highlight=False, soft_wrap=True)
+    console.print(f"Certificate {ready.folder.certificate}", highlight=False, soft_wrap=True)
+    console.print(f"More:\n  dither sample {folder} --label 3 --count 16", highlight=False, soft_wrap=True)
+    return 0
+
+
+def _start(options: Options) -> Run:
+    """Make the folder and everything in memory; nothing is left behind if an option cannot work."""
+    import torch
+
+    from dither.data import digits
+    from dither.diffusion.recipe import build_loss, build_model, build_optimizer
+    from dither.training import PrivateTraining
+
+    folder = RunFolder.create(options.output or _default_output(), DIGITS)
+    try:
+        if options.seed is not None:
+            torch.manual_seed(options.seed)
+        model = build_model(options.recipe, DIGITS.input_size, DIGITS.in_channels, DIGITS.num_classes)
+        optimizer, scheduler = build_optimizer(options.recipe, model)
+        privacy, performance = options.privacy, options.performance
+        training = PrivateTraining(
+            model,
+            optimizer,
+            digits()[0],
+            build_loss(options.recipe, DIGITS.num_classes),
+            expected_batch_size=privacy.expected_batch_size,
+            steps=privacy.steps,
+            max_grad_norm=privacy.max_grad_norm,
+            delta=privacy.delta,
+            epsilon=privacy.epsilon,
+            noise_multiplier=privacy.noise_multiplier,
+            clipping=privacy.clipping,
+            microbatch_size=performance.microbatch_size,
+            strategy=performance.strategy,
+            memory_budget=performance.memory_budget,
+            rows_per_example=options.recipe.multiplicity,
+            ema_decay=options.recipe.ema_decay,
+            scheduler=scheduler,
+            seed=options.seed,
+        )
+    except BaseException:
+        folder.discard()
+        raise
+    folder.config.write_text(options.text)
+    return Run(folder, options, model, training)
+
+
+def _resume(options: Options) -> Run:
+    from dither.data import digits
+    from dither.diffusion.recipe import build_loss, build_model, build_optimizer
+    from dither.training import PrivateTraining
+
+    assert options.resume is not None
+    folder = RunFolder.open(options.resume)
+    if not folder.state.exists():
+        raise RunFolderError(f"{folder.path} was stopped before its state was saved", fix="start again: dither train")
+    images = folder.images
+    model = build_model(options.recipe, images.input_size, images.in_channels, images.num_classes)
+    optimizer, scheduler = build_optimizer(options.recipe, model)
+    loss = build_loss(options.recipe, images.num_classes)
+    training = PrivateTraining.resume(folder.state, model, optimizer, digits()[0], loss, scheduler=scheduler)
+    _perform(training, options.performance)
+    return Run(folder, options, model, training)
+
+
+def _perform(training: PrivateTraining, performance: Performance) -> None:
+    """Let a resumed run use other performance flags; the mechanism does not depend on them."""
+    from dither.sampling import MicrobatchSize
+
+    size, device = performance.microbatch_size, next(training.model.parameters()).device
+    if size != training._microbatch_size:  # "auto" keeps the size it had found
+        training.microbatches = MicrobatchSize(size, device, seeded=training.seed is not None)
+        training._microbatch_size = size
+    training._engine.update(strategy=performance.strategy, memory_budget=performance.memory_budget)
+
+
+def _train(ready: Run, console: Console) -> bool:
+    """Take the remaining steps; returns whether the run is complete."""
+    from torch.utils.tensorboard.writer import SummaryWriter
+
+    folder, training, steps = ready.folder, ready.training, ready.options.privacy.steps
+    spent = training.epsilon() if training.index else 0.0
+    writer = SummaryWriter(str(folder.tensorboard), purge_step=training.index + 1)
+    last_save = time.monotonic()
+    with StopRequest() as stop, TrainingProgress(steps, training.index, spent, console) as progress:
+        for step in training:
+            progress.show(step.index, step.epsilon)
+            writer.add_scalar("privacy/epsilon", step.epsilon, step.index)
+            if step.batch_size:
+                writer.add_scalar("not private/loss", step.loss, step.index)
+                writer.add_scalar("not private/clip fraction", step.clip_fraction, step.index)
+            if stop.wanted:
+                break
+            if time.monotonic() - last_save >= ready.options.save_every:
+                training.save(folder.state)
+                last_save = time.monotonic()
+        training.save(folder.state)
+    writer.close()
+    return training.index >= steps
+
+
+def _default_output() -> Path:
+    return Path("runs") / f"digits-{datetime.now():%Y%m%d-%H%M%S}"

@@ -1,0 +1,443 @@
+"""Private training: the loop's state machine."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dither import checkpoint
+from dither.accounting import EpsilonCurve, Event, Ledger, _check_delta, _check_mechanism, noise_multiplier_for
+from dither.certificate import certificate
+from dither.clipping import clipped_sum, verify
+from dither.clipping.functions import clipping_function
+from dither.clipping.plan import check_strategy
+from dither.errors import CaptureError, ConfigurationError, LedgerError, LossShapeError
+from dither.noise import GaussianNoise, check_seed, torch_seed
+from dither.sampling import CollateFunction, MicrobatchSize, PoissonSampler, check_dataset, load_batch
+
+LossFunction = Callable[[nn.Module, Any], Tensor]
+_DEFAULT_EPSILON = 8.0
+_VERIFIED_EXAMPLES = 4
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one completed step reports.
+
+    Attributes:
+        index: number of completed steps, from 1.
+        epsilon: spent so far, at the run's delta; an upper bound, exact at the last step.
+        batch_size: number of examples drawn. Not private.
+        loss: mean over the batch's finite losses, nan for an empty batch. Not private.
+        clip_fraction: share of the batch whose gradient was longer than max_grad_norm. Not private.
+        dropped: number of examples left out because their gradient was not finite. Not private.
+    """
+
+    index: int
+    epsilon: float
+    batch_size: int
+    loss: float
+    clip_fraction: float
+    dropped: int = 0
+
+
+@dataclass
+class _Tally:
+    """Non-private statistics of one logical batch, left on the device until the end."""
+
+    losses: list[Tensor] = field(default_factory=list)
+    finite: list[Tensor] = field(default_factory=list)
+    clipped: list[Tensor] = field(default_factory=list)
+    examples: int = 0
+    dropped: int = 0
+
+
+class PrivateTraining:
+    """DP-SGD with any torch optimizer (Abadi et al. 2016, algorithm 1) on Poisson batches.
+
+    Iterating trains: `for step in training` yields a `Step` after each completed one. Leaving the loop is safe, and
+    iterating again continues. Each step draws a Poisson batch, sums its clipped gradients over micro-batches, adds
+    Gaussian noise once, divides by the public constant `expected_batch_size`, and lets the optimizer step. An empty
+    batch takes a noisy step like any other.
+
+    Guarantee: the weights, the EMA and the optimizer's state after any number of steps are (epsilon, delta)-
+    differentially private under adding or removing one example of the dataset, with `epsilon(delta)` as it then says;
+    the steps and noise are planned so that the whole run spends at most `epsilon`. What `Step` marks as not private is
+    outside the guarantee. So is a run with a seed.
+
+    The number of examples is taken as public: it sets the sample rate.
+
+    Args:
+        model: any module; every parameter with requires_grad is trained. It is not wrapped or changed.
+        optimizer: any torch optimizer over parameters of the model.
+        dataset: map-style; the example is the unit of privacy, so one person's several examples are not protected
+            together.
+        loss_fn: (model, batch) to one loss per example, shape (b,); example i's loss may depend on example i alone.
+        expected_batch_size: mean size of a Poisson batch, and the divisor.
+        steps: optimizer steps in the whole run.
+        max_grad_norm: bound on each example's gradient norm.
+        delta: in (0, 1); below 1 / dataset size.
+        epsilon: budget of the whole run; 8 if neither it nor noise_multiplier is given.
+        noise_multiplier: noise standard deviation in units of the sensitivity, instead of epsilon.
+        microbatch_size: examples computed at once, or "auto" by memory; performance only.
+        clipping: "flat".
+        collate_fn: list of examples to batch; torch's default_collate if None.
+        seed: makes batches, noise and torch's randomness a function of (seed, step): for tests; not private.
+        strategy: "auto", "hold", "ghost", "tile" or "two_pass"; performance only.
+        memory_budget: bytes for held per-example gradients; performance only.
+        rows_per_example: as `clipped_sum`.
+        ema_decay: keeps an exponential moving average of the parameters, with decay min(ema_decay, (1+t)/(10+t)).
+        scheduler: a learning-rate scheduler, stepped once per step.
+        verify_first_batch: compare up to 4 examples of the first batch with plain autograd before training.
+
+    Raises:
+        EmptyDatasetError: the dataset has no examples.
+        BatchSizeError: expected_batch_size does not fit the dataset.
+        BudgetError: no noise meets epsilon.
+        ConfigurationError: another argument cannot work.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        dataset: Any,
+        loss_fn: LossFunction,
+        *,
+        expected_batch_size: float = 256,
+        steps: int = 1000,
+        max_grad_norm: float = 1.0,
+        delta: float = 1e-5,
+        epsilon: float | None = None,
+        noise_multiplier: float | None = None,
+        microbatch_size: int | str = "auto",
+        clipping: str = "flat",
+        collate_fn: CollateFunction | None = None,
+        seed: int | None = None,
+        strategy: str = "auto",
+        memory_budget: float | None = None,
+        rows_per_example: int | None = None,
+        ema_decay: float | None = None,
+        scheduler: Any = None,
+        verify_first_batch: bool = True,
+    ) -> None:
+        if epsilon is not None and noise_multiplier is not None:
+            raise ConfigurationError(
+                f"Both epsilon={epsilon} and noise_multiplier={noise_multiplier} are given.",
+                fix="give one; the other follows from it",
+            )
+        check_seed(seed)
+        size = check_dataset(dataset)
+        self._parameters = _trained_parameters(model, optimizer)
+        self.sampler = PoissonSampler(size, expected_batch_size, seed=seed)
+        _check_delta(delta)
+        _check_mechanism(self.sampler.sample_rate, 1.0 if noise_multiplier is None else noise_multiplier, steps)
+        self.sensitivity = clipping_function(clipping, max_grad_norm).sensitivity
+        check_strategy(strategy)
+        if ema_decay is not None and not 0.0 <= ema_decay < 1.0:
+            raise ConfigurationError(f"ema_decay must be at least 0 and below 1; it is {ema_decay}.", fix="0.999")
+        self._device = next(iter(self._parameters.values())).device
+        self.microbatches = MicrobatchSize(microbatch_size, self._device, seeded=seed is not None)
+        if noise_multiplier is None:
+            epsilon = _DEFAULT_EPSILON if epsilon is None else epsilon
+            noise_multiplier = noise_multiplier_for(epsilon, delta, self.sampler.sample_rate, steps)
+        self.noise_multiplier, self.target_epsilon, self.delta, self.steps = noise_multiplier, epsilon, delta, steps
+        self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
+        self._dataset, self._loss_fn, self._collate_fn = dataset, loss_fn, collate_fn
+        self.max_grad_norm, self.clipping, self.seed, self.ema_decay = max_grad_norm, clipping, seed, ema_decay
+        self._engine: dict[str, Any] = {
+            "strategy": strategy,
+            "memory_budget": memory_budget,
+            "rows_per_example": rows_per_example,
+        }
+        self._microbatch_size, self._verify_first_batch = microbatch_size, verify_first_batch
+        self.ledger = Ledger()
+        self.resumed = 0
+        self.verification: dict[str, Any] = {"exact": None}  # not run yet
+        self.ema: dict[str, Tensor] | None = None
+        if ema_decay is not None:
+            self.ema = {name: p.detach().clone() for name, p in self._parameters.items()}
+        self._noise = GaussianNoise(seed)
+        self._curve = EpsilonCurve(Event(self.sampler.sample_rate, noise_multiplier, steps), delta)
+        self._sums: dict[str, Tensor] | None = None
+
+    @property
+    def index(self) -> int:
+        """Number of completed steps: those the ledger holds."""
+        return self.ledger.steps
+
+    @property
+    def planned_epsilon(self) -> float:
+        """Epsilon of the whole run at its delta."""
+        return self._curve.planned
+
+    def epsilon(self, delta: float | None = None) -> float:
+        """Epsilon spent so far, exactly accounted.
+
+        Args:
+            delta: the run's own if None.
+
+        Raises:
+            ConfigurationError: delta is not in (0, 1).
+        """
+        return self.ledger.epsilon(self.delta if delta is None else delta)
+
+    def __iter__(self) -> Iterator[Step]:
+        """Take the remaining steps, one at a time."""
+        while self.index < self.steps:
+            yield self.step()
+
+    def __len__(self) -> int:
+        """Number of steps of the whole run."""
+        return self.steps
+
+    def step(self) -> Step:
+        """Take one step.
+
+        Raises:
+            LedgerError: the planned steps are done.
+            CaptureError: the gradients could not be proved exact; nothing was released.
+        """
+        index = self.index
+        if index >= self.steps:
+            raise LedgerError(
+                f"All {self.steps} planned steps are done; another would spend more than the planned epsilon.",
+                fix="plan more steps in a new run: the noise depends on their number",
+            )
+        indices = self.sampler.draw(index)
+        with self._randomness(index):
+            tally = self._sum_clipped(indices)
+        assert self._sums is not None
+        self._noise.add_(self._sums, self.noise_multiplier * self.sensitivity, step=index)
+        # From here the noisy sum counts as released, whatever interrupts the rest of the step.
+        self.ledger.record(self.sampler.sample_rate, self.noise_multiplier)
+        for name, parameter in self._parameters.items():
+            parameter.grad = self._sums[name].div_(self.sampler.expected_batch_size)
+        self.optimizer.step()
+        if self.scheduler is not None:
+            self.scheduler.step()
+        self._update_ema()
+        return self._report(tally)
+
+    def _sum_clipped(self, indices: np.ndarray[Any, Any]) -> _Tally:
+        """Sum the batch's clipped gradients into the buffers, which are the gradients of the step before."""
+        for parameter in self._parameters.values():
+            parameter.grad = None
+        if self._sums is None:
+            self._sums = {name: torch.zeros_like(p, requires_grad=False) for name, p in self._parameters.items()}
+        for total in self._sums.values():
+            total.zero_()
+        tally = _Tally()
+        for chosen in self.microbatches.split(indices):
+            batch = load_batch(self._dataset, chosen, self._collate_fn)
+            result = clipped_sum(
+                self.model,
+                partial(self._loss_fn, self.model, batch),
+                max_grad_norm=self.max_grad_norm,
+                clipping=self.clipping,
+                into=self._sums,
+                **self._engine,
+            )
+            if result.losses.shape[0] != len(chosen):
+                raise LossShapeError(
+                    f"loss_fn returned {result.losses.shape[0]} losses for {len(chosen)} examples: clipping would "
+                    "protect something smaller or larger than an example.",
+                    fix="return one loss per example of the batch; average several rows of one example first",
+                )
+            assert result.sensitivity == self.sensitivity
+            if self._verify_first_batch and self.verification["exact"] is None:
+                # After the sum, which knows the examples that cannot be compared; before anything is released.
+                self._verify(chosen[result.norms.isfinite().cpu().numpy()][:_VERIFIED_EXAMPLES])
+            finite = result.losses.isfinite()
+            tally.losses.append(torch.where(finite, result.losses, 0.0).double().sum())
+            tally.finite.append(finite.sum())
+            tally.clipped.append((result.norms > self.max_grad_norm).sum())  # nan counts as dropped, not clipped
+            tally.examples += len(chosen)
+            tally.dropped += result.dropped
+        return tally
+
+    def _verify(self, chosen: np.ndarray[Any, Any]) -> None:
+        if not len(chosen):
+            return
+        with torch.random.fork_rng(devices=self._cuda_devices()):
+            batch = load_batch(self._dataset, chosen, self._collate_fn)
+            report = verify(self.model, lambda: self._loss_fn(self.model, batch))
+        self.verification = {
+            "exact": report.exact,
+            "max_relative_error": report.max_relative_error,
+            "examples": len(chosen),
+            "first_step": self.index,
+        }
+        if not report.exact:
+            self.verification = {"exact": None}
+            raise CaptureError(
+                f"The recorded per-example gradients differ from autograd's by {report.max_relative_error:.2e} "
+                f"relative on the first {len(chosen)} examples.\n{report}",
+                fix="report this model to dither; if the loss draws its own random numbers, draw them from torch",
+            )
+
+    def _update_ema(self) -> None:
+        if self.ema is None or self.ema_decay is None:
+            return
+        decay = min(self.ema_decay, (1.0 + self.index) / (10.0 + self.index))
+        with torch.no_grad():
+            averages = list(self.ema.values())
+            torch._foreach_lerp_(averages, [self._parameters[name].detach() for name in self.ema], 1.0 - decay)
+
+    def _report(self, tally: _Tally) -> Step:
+        loss = clip_fraction = math.nan
+        if tally.examples:
+            loss = float(torch.stack(tally.losses).sum() / torch.stack(tally.finite).sum())
+            clip_fraction = float(torch.stack(tally.clipped).sum()) / tally.examples
+        # Resumed ledgers may hold other events than planned ones; then only the exact account is true.
+        planned = Event(self.sampler.sample_rate, self.noise_multiplier, self.index)
+        spent = self._curve.at(self.index) if self.ledger.events == (planned,) else self.epsilon()
+        return Step(self.index, spent, tally.examples, loss, clip_fraction, tally.dropped)
+
+    def _cuda_devices(self) -> list[int]:
+        return [self._device.index or 0] if self._device.type == "cuda" else []
+
+    @contextmanager
+    def _randomness(self, index: int) -> Iterator[None]:
+        """Under a seed, torch's own random numbers follow from (seed, step) too."""
+        if self.seed is None:
+            yield
+            return
+        with torch.random.fork_rng(devices=self._cuda_devices()):
+            torch.manual_seed(torch_seed(self.seed, index))
+            yield
+
+    def certificate(self) -> dict[str, Any]:
+        """What was guaranteed, to whom, by which mechanism; JSON-serialisable."""
+        return certificate(self)
+
+    def save(self, path: str | Path) -> None:
+        """Write everything that `resume` needs to a folder; a crash leaves the old state or the new one.
+
+        Neither the key of the noise nor any example is written.
+
+        Args:
+            path: the folder; made if missing.
+
+        Raises:
+            OutputPathError: it cannot be written.
+        """
+        state = {
+            "settings": self._settings(),
+            "fingerprint": checkpoint.fingerprint(self._parameters, self.optimizer, self.scheduler),
+            "ledger": self.ledger.to_json(),
+            "resumed": self.resumed,
+            "dataset_size": self.sampler.dataset_size,
+            "microbatch_size": self.microbatches.current,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
+            "ema": self.ema,
+        }
+        checkpoint.write(Path(path), state, self.index)
+
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "expected_batch_size": self.sampler.expected_batch_size,
+            "steps": self.steps,
+            "max_grad_norm": self.max_grad_norm,
+            "delta": self.delta,
+            "noise_multiplier": self.noise_multiplier,
+            "microbatch_size": self._microbatch_size,
+            "clipping": self.clipping,
+            "seed": self.seed,
+            "ema_decay": self.ema_decay,
+            "verify_first_batch": self._verify_first_batch,
+            **self._engine,
+        } | {"epsilon": self.target_epsilon}
+
+    @classmethod
+    def resume(
+        cls,
+        path: str | Path,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        dataset: Any,
+        loss_fn: LossFunction,
+        *,
+        scheduler: Any = None,
+        collate_fn: CollateFunction | None = None,
+    ) -> PrivateTraining:
+        """Continue a saved run, with a fresh noise key: no noise or batch is ever drawn twice.
+
+        Model, optimizer and scheduler are built as for the saved run; their state is loaded in place.
+
+        Args:
+            path: the folder that `save` wrote.
+            model: as the saved one.
+            optimizer: as the saved one.
+            dataset: the same examples.
+            loss_fn: the same loss.
+            scheduler: as the saved one.
+            collate_fn: as for the saved run.
+
+        Raises:
+            RunFolderError: the folder is missing, damaged, or of another model, optimizer or scheduler.
+            LedgerError: the dataset's size is not the saved run's.
+        """
+        state = checkpoint.read(Path(path))
+        with checkpoint.reading(Path(path)):
+            settings = dict(state["settings"])
+            target = settings.pop("epsilon")
+            if check_dataset(dataset) != state["dataset_size"]:
+                raise LedgerError(
+                    f"The dataset has {len(dataset)} examples; the saved run's had {state['dataset_size']}. Its ledger "
+                    "does not cover another dataset.",
+                    fix="resume with the same dataset, or start a new run",
+                )
+            training = cls(model, optimizer, dataset, loss_fn, scheduler=scheduler, collate_fn=collate_fn, **settings)
+            checkpoint.check_fingerprint(
+                state["fingerprint"], checkpoint.fingerprint(training._parameters, optimizer, scheduler), Path(path)
+            )
+            ledger = Ledger.from_json(state["ledger"])
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            if scheduler is not None:
+                scheduler.load_state_dict(state["scheduler"])
+            if training.ema is not None:
+                for name, average in training.ema.items():
+                    average.copy_(state["ema"][name])
+            training.target_epsilon = target
+            training.ledger = ledger
+            training.resumed = state["resumed"] + 1
+            training.microbatches.current = state["microbatch_size"]
+        return training
+
+
+def _trained_parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, nn.Parameter]:
+    """The model's trainable parameters, when the optimizer's fit them."""
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not parameters:
+        raise ConfigurationError(
+            "The model has no trainable parameters.", fix="set requires_grad on those that should be trained"
+        )
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ConfigurationError("LBFGS evaluates the loss several times a step.", fix="use Adam, AdamW or SGD")
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if not held & {id(p) for p in parameters.values()}:
+        raise ConfigurationError(
+            "The optimizer holds none of the model's trainable parameters.",
+            fix="build it after the model is moved or replaced: optimizer = AdamW(model.parameters())",
+        )
+    foreign = held - {id(p) for p in model.parameters()}
+    if foreign:
+        raise ConfigurationError(
+            f"The optimizer holds {len(foreign)} parameters that are not the model's; their gradients would be "
+            "neither clipped nor noised.",
+            fix="put everything that is trained into one module and pass that as the model",
+        )
+    return parameters

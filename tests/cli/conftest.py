@@ -1,0 +1,33 @@
+"""A run made once, for every test that only reads one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dither.cli.main import main
+from shortened import TINY
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("runs") / "finished"
+    assert main(["train", *TINY, "--steps=3", "--epsilon=10", f"--output={output}"]) == 0
+    return output
+
+
+@pytest.fixture
+def failure(capsys):
+    """Run a command that must refuse: exit code 2, message and fix on stderr, no traceback."""
+
+    def run(*words: object) -> str:
+        capsys.readouterr()
+        assert main([str(word) for word in words]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("dither: ")
+        assert "\n  Fix: " in error
+        assert "Traceback" not in error
+        return error
+
+    return run

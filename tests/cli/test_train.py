@@ -1,0 +1,214 @@
+"""The demo in a shortened form: every file of the run folder, the resume, Ctrl-C in a real process."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from dither.accounting import epsilon_for
+from dither.cli.main import main
+from shortened import TINY
+
+
+def read_certificate(run: Path) -> dict:
+    return json.loads((run / "certificate.json").read_text())
+
+
+def curves(run: Path) -> EventAccumulator:
+    log = EventAccumulator(str(run / "tensorboard"))
+    log.Reload()
+    return log
+
+
+def test_run_folder_is_complete(finished_run):
+    names = {path.name for path in finished_run.iterdir()}
+    assert names == {
+        "run.json",
+        "config.yaml",
+        "model.safetensors",
+        "ema.safetensors",
+        "state",
+        "tensorboard",
+        "samples.png",
+        "certificate.json",
+    }
+    with Image.open(finished_run / "samples.png") as grid:
+        assert grid.format == "PNG"
+        assert grid.width > 10 * 8
+        assert grid.height > 10 * 8
+    raw, ema = (load_file(finished_run / f"{name}.safetensors") for name in ("model", "ema"))
+    assert raw.keys() == ema.keys()
+    assert any(not torch.equal(raw[name], ema[name]) for name in raw)
+
+
+def test_certificate_states_what_the_accountant_says(finished_run):
+    certificate = read_certificate(finished_run)
+    assert certificate["private"] is True
+    assert certificate["steps_done"] == certificate["steps_planned"] == 3
+    assert certificate["delta"] == 1e-4
+    assert 9.5 < certificate["epsilon"] <= 10
+    again = epsilon_for(certificate["sample_rate"], certificate["noise_multiplier"], 3, 1e-4)
+    assert certificate["epsilon"] == pytest.approx(again, rel=1e-9)
+    assert certificate["verification"]["exact"] is True
+    assert "loss" in certificate["non_private_values_released"]
+
+
+def test_log_marks_the_loss_as_not_private(finished_run):
+    log = curves(finished_run)
+    tags = set(log.Tags()["scalars"])
+    assert tags == {"privacy/epsilon", "not private/loss", "not private/clip fraction"}
+    epsilons = [event.value for event in log.Scalars("privacy/epsilon")]
+    assert len(epsilons) == 3
+    assert epsilons == sorted(epsilons)
+    assert epsilons[-1] <= 10
+
+
+def test_config_repeats_the_run(finished_run, tmp_path):
+    config, output = finished_run / "config.yaml", tmp_path / "again"
+    assert main(["train", f"--config={config}", "--noise_multiplier=5", "--epsilon=null", f"--output={output}"]) == 0
+    certificate, first = read_certificate(output), read_certificate(finished_run)
+    assert certificate["noise_multiplier"] == 5
+    for name in ("expected_batch_size", "max_grad_norm", "steps_planned", "delta"):
+        assert certificate[name] == first[name]
+
+
+def test_a_seed_is_said_to_be_not_private_and_repeats(tmp_path, capsys):
+    runs = [tmp_path / name for name in "ab"]
+    for output in runs:
+        assert main(["train", *TINY, "--steps=2", "--seed=7", f"--output={output}"]) == 0
+    assert "NOT PRIVATE" in capsys.readouterr().out
+    assert read_certificate(runs[0])["private"] is False
+    first, second = (load_file(run / "model.safetensors") for run in runs)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_resume_of_a_finished_run_changes_nothing(finished_run, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(finished_run, copy)
+    assert main(["train", f"--resume={copy}"]) == 0
+    before, after = (load_file(run / "model.safetensors") for run in (finished_run, copy))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert read_certificate(copy)["epsilon"] == read_certificate(finished_run)["epsilon"]
+
+
+def test_interrupted_run_resumes(tmp_path):
+    """A real process, a real SIGINT, and the command that it prints."""
+    output, steps = tmp_path / "interrupted", 120
+    words = [*TINY, f"--steps={steps}", "--noise_multiplier=5", f"--output={output}"]
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-m", "dither", "train", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("step "):
+            break
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    assert f"dither train --resume {output}" in out
+    certificate = read_certificate(output)
+    done = certificate["steps_done"]
+    assert 1 <= done < steps
+    assert not (output / "samples.png").exists()
+
+    assert main(["train", "--resume", str(output), "--strategy=ghost", "--performance.microbatch_size=16"]) == 0
+    certificate = read_certificate(output)
+    assert certificate["steps_done"] == steps
+    assert certificate["resumed"] == 1
+    assert (output / "samples.png").exists()
+    logged = [event.step for event in curves(output).Scalars("privacy/epsilon")]
+    assert logged == list(range(1, steps + 1))
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--strategy=fast"], "fast"),
+        (["--privacy.clipping=soft"], "soft"),
+        (["--expected_batch_size=5000"], "5000"),
+        (["--expected_batch_size=0"], "0"),
+        (["--epsilon=-1"], "epsilon"),
+        (["--epsilon=1e-9", "--delta=1e-15"], "epsilon"),
+        (["--delta=2"], "delta"),
+        (["--max_grad_norm=0"], "max_grad_norm"),
+        (["--epsilon=3", "--noise_multiplier=1"], "noise_multiplier"),
+        (["--steps=0"], "steps"),
+        (["--steps=many"], "many"),
+        (["--performance.microbatch_size=0"], "microbatch_size"),
+        (["--performance.threads=0"], "threads"),
+        (["--recipe.model=DiT-Z/3"], "DiT-Z/3"),
+        (["--recipe.hidden_size=15"], "15"),
+        (["--recipe.sampler=euler"], "euler"),
+        (["--recipe.sampler_steps=2000"], "2000"),
+        (["--recipe.learning_rate=-1"], "learning_rate"),
+        (["--recipe.label_dropout=2"], "label_dropout"),
+        (["--recipe.ema_decay=1.5"], "ema_decay"),
+        (["--no_such_option=1"], "no_such_option"),
+        (["--config=/nowhere.yaml"], "/nowhere.yaml"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_bad_option_is_named_and_leaves_nothing(words, named, failure, tmp_path):
+    output = tmp_path / "run"
+    assert named in failure("train", *TINY, f"--output={output}", *words)
+    assert not output.exists()
+
+
+def test_output_that_cannot_be_used(failure, finished_run, tmp_path):
+    assert "not empty" in failure("train", f"--output={finished_run}")
+    file = tmp_path / "file"
+    file.write_text("")
+    assert "is a file" in failure("train", f"--output={file}")
+    assert "cannot be written" in failure("train", f"--output={file}/below")
+    assert "cannot be written" in failure("train", "--output=/proc/dither/run")
+
+
+def test_resume_of_what_is_no_run(failure, finished_run, tmp_path):
+    assert "is not a folder" in failure("train", "--resume", tmp_path / "missing")
+    assert "run.json" in failure("train", "--resume", tmp_path)
+    assert "epsilon" in failure("train", "--resume", finished_run, "--epsilon=3")
+    assert "output" in failure("train", "--resume", finished_run, "--output=elsewhere")
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("run.json", "{"),
+        ("run.json", '{"format": "another program"}'),
+        ("run.json", '{"format": "dither run 1"}'),
+        ("run.json", "[]"),
+        ("config.yaml", "privacy: {epsilon: [1, 2"),
+        ("config.yaml", "flavour: vanilla"),
+        ("config.yaml", None),
+        ("state/checkpoint.json", "not json"),
+        ("state/*.pt", "not tensors"),
+        ("state", None),
+    ],
+)
+def test_resume_of_a_damaged_run(file, content, failure, finished_run, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(finished_run, copy)
+    (damaged,) = copy.glob(file)
+    if content is not None:
+        damaged.write_text(content)
+    elif damaged.is_dir():
+        shutil.rmtree(damaged)
+    else:
+        damaged.unlink()
+    failure("train", "--resume", copy)

@@ -1,0 +1,98 @@
+"""The public names and the commands' options, frozen: a change here is a decision, and gets a line in CHANGELOG.md."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+
+import dither
+from dither.cli import budget, options, sample
+from dither.cli.main import COMMANDS
+
+NAMES = {
+    "ClippedSum",
+    "DitherError",
+    "PrivateTraining",
+    "VerificationReport",
+    "__version__",
+    "clipped_sum",
+    "per_example_gradients",
+    "per_example_norms",
+    "register_rule",
+    "verify",
+}
+
+ARGUMENTS = {
+    "clipped_sum": (
+        "model loss_fn max_grad_norm=1.0 clipping='flat' strategy='auto' rows_per_example=None memory_budget=None "
+        "into=None"
+    ),
+    "per_example_gradients": "model loss_fn",
+    "per_example_norms": "model loss_fn",
+    "verify": "model loss_fn",
+    "PrivateTraining": (
+        "model optimizer dataset loss_fn expected_batch_size=256 steps=1000 max_grad_norm=1.0 delta=1e-05 epsilon=None "
+        "noise_multiplier=None microbatch_size='auto' clipping='flat' collate_fn=None seed=None strategy='auto' "
+        "memory_budget=None rows_per_example=None ema_decay=None scheduler=None verify_first_batch=True"
+    ),
+    "PrivateTraining.resume": "path model optimizer dataset loss_fn scheduler=None collate_fn=None",
+    "PrivateTraining.save": "self path",
+    "PrivateTraining.epsilon": "self delta=None",
+    "PrivateTraining.certificate": "self",
+}
+
+OPTIONS = {
+    "train": (
+        options.train_parser,
+        """
+        config output resume seed save_every
+        privacy.epsilon privacy.delta privacy.noise_multiplier privacy.max_grad_norm privacy.expected_batch_size
+        privacy.steps privacy.clipping
+        performance.strategy performance.microbatch_size performance.memory_budget performance.threads
+        recipe.model recipe.hidden_size recipe.depth recipe.num_heads recipe.patch_size recipe.multiplicity
+        recipe.learning_rate recipe.lr_schedule recipe.ema_decay recipe.prediction recipe.weighting recipe.timesteps
+        recipe.beta_schedule recipe.label_dropout recipe.sampler recipe.sampler_steps recipe.guidance
+        """,
+    ),
+    "sample": (sample.sample_parser, "run config label count output npz guidance sampler steps weights seed"),
+    "budget": (
+        budget.budget_parser,
+        "config dataset_size batch_size delta epsilon noise_multiplier steps json",
+    ),
+}
+
+
+def test_names():
+    assert set(dither.__all__) == NAMES
+    assert all(hasattr(dither, name) for name in NAMES)
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_arguments(name):
+    found: object = dither
+    for part in name.split("."):
+        found = getattr(found, part)
+    parameters = inspect.signature(found).parameters.values()
+    words = [p.name if p.default is p.empty else f"{p.name}={p.default!r}" for p in parameters]
+    assert " ".join(words) == ARGUMENTS[name]
+
+
+def test_commands():
+    assert list(COMMANDS) == list(OPTIONS)
+
+
+@pytest.mark.parametrize("command", OPTIONS)
+def test_options(command):
+    parser, expected = OPTIONS[command]
+    groups = {"help", "print_config", "privacy", "performance", "recipe"}
+    assert {action.dest for action in parser()._actions} - groups == set(expected.split())
+
+
+def test_short_options_lead_to_long_ones():
+    assert set(options.SHORT.values()) <= {f"--{action.dest}" for action in options.train_parser()._actions}
+
+
+def test_no_option_is_both_privacy_and_performance():
+    privacy, performance = (set(group.__dataclass_fields__) for group in (options.Privacy, options.Performance))
+    assert not privacy & performance

@@ -1,0 +1,95 @@
+"""Poisson batches: independent inclusion at the accounted rate, empty ones included; micro-batches."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import TensorDataset, default_collate
+
+from dither.errors import BatchSizeError, ConfigurationError, EmptyDatasetError
+from dither.sampling import MicrobatchSize, PoissonSampler, check_dataset, load_batch
+
+CPU = torch.device("cpu")
+
+
+def test_each_example_enters_independently_at_the_rate():
+    sampler, draws = PoissonSampler(50, 10), 4000
+    masks = torch.zeros(draws, 50)
+    for i in range(draws):
+        masks[i, sampler.draw(i)] = 1
+    assert (masks.mean(0) - 0.2).abs().max() < 5 * (0.2 * 0.8 / draws) ** 0.5
+    # A shuffled loader would give every batch the same size; Poisson sizes are binomial.
+    sizes = masks.sum(1)
+    assert abs(float(sizes.var()) / (50 * 0.2 * 0.8) - 1) < 0.15
+    assert (torch.corrcoef(masks.T) - torch.eye(50)).abs().max() < 5 / draws**0.5
+    assert torch.corrcoef(torch.stack([sizes[:-1], sizes[1:]]))[0, 1].abs() < 5 / draws**0.5
+
+
+def test_empty_batches_happen_and_have_no_micro_batches():
+    sampler = PoissonSampler(20, 1)
+    empty = [batch for batch in (sampler.draw(i) for i in range(200)) if not len(batch)]
+    assert len(empty) > 30  # (1 - 1/20)^20 = 0.36
+    assert list(MicrobatchSize(4, CPU).split(empty[0])) == []
+
+
+def test_full_batch_has_everyone():
+    assert len(PoissonSampler(7, 7).draw(0)) == 7
+
+
+@pytest.mark.parametrize("size", [1, 2, "auto"])
+def test_micro_batches_cover_the_batch_once_for_any_dataset(size):
+    x = torch.arange(400.0).view(200, 2)
+    indices = np.flatnonzero(np.arange(200) % 3 == 1)
+    for dataset, collate in ((TensorDataset(x), None), ([x[i] for i in range(200)], torch.stack)):
+        loaded = [load_batch(dataset, part, collate) for part in MicrobatchSize(size, CPU).split(indices)]
+        parts = [p[0] if isinstance(p, list) else p for p in loaded]
+        if size != "auto":
+            assert all(len(p) <= size for p in parts)
+        assert torch.equal(torch.cat(parts), x[indices])
+
+
+def test_bad_sizes():
+    with pytest.raises(EmptyDatasetError):
+        check_dataset([])
+    with pytest.raises(ConfigurationError, match="map-style"):
+        check_dataset(iter([1]))
+    for size in (0, 11, -1):
+        with pytest.raises(BatchSizeError):
+            PoissonSampler(10, size)
+    for size in (0, "big", 1.5):
+        with pytest.raises(ConfigurationError):
+            MicrobatchSize(size, CPU)
+
+
+def test_seeded_batches_repeat_by_step_and_unseeded_never():
+    seeded = PoissonSampler(1000, 100, seed=1)
+    assert np.array_equal(seeded.draw(3), PoissonSampler(1000, 100, seed=1).draw(3))
+    assert not np.array_equal(seeded.draw(3), seeded.draw(4))
+    fresh = PoissonSampler(1000, 100)
+    assert not np.array_equal(fresh.draw(3), fresh.draw(3))
+
+
+def test_auto_grows_only_while_memory_allows(monkeypatch):
+    state = {"used": 0.0}
+    monkeypatch.setattr("dither.sampling._memory", lambda device: (0.0, 1000.0))
+    monkeypatch.setattr("dither.sampling._peak", lambda device: state["used"])
+    size = MicrobatchSize("auto", CPU)
+    for part in size.split(np.arange(500)):
+        state["used"] = 20.0 * len(part)
+        assert state["used"] <= 500
+    assert size.current == 16  # 32 would take 640 of the 500 allowed
+    roomy = MicrobatchSize("auto", CPU)
+    state["used"] = 0.0
+    list(roomy.split(np.arange(500)))
+    assert roomy.current == 64
+    assert MicrobatchSize("auto", CPU, seeded=True).current == 32
+
+
+def test_a_tensor_dataset_is_collated_as_torch_does():
+    dataset = TensorDataset(torch.randn(9, 2), torch.arange(9))
+    indices = np.array([1, 4, 8])
+    fast, slow = load_batch(dataset, indices), default_collate([dataset[i] for i in indices])
+    assert type(fast) is type(slow) and all(torch.equal(a, b) for a, b in zip(fast, slow, strict=True))
+    subset = torch.utils.data.Subset(dataset, [2, 3, 4])
+    assert load_batch(subset, np.array([0, 2]))[1].tolist() == [2, 4]
