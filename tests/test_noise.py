@@ -46,19 +46,12 @@ def test_a_seed_repeats_by_step_and_is_not_private():
         GaussianNoise(seed=-1)
 
 
-def test_tails_reach_beyond_what_float32_uniforms_give():
-    """torch's float32 normals on a CPU stop at sqrt(-2 ln 2^-24) = 5.77; a truncated Gaussian is not private."""
-    large = 0
-    for seed in range(4):
-        tensor = torch.zeros(N * 8)
-        GaussianNoise(seed).add_([tensor], 1.0)
-        large = max(large, float(tensor.abs().max()))
-    assert large > 5.3  # of 32 million draws; the chance of none is below 3%, and the seeds are fixed
-    assert sequence(1, 0, 1).entropy != sequence(1 + 2**32, 0, 1).entropy
+def test_seeds_keep_more_than_32_bits():
+    """torch.Generator on a CPU keeps 32: seeds 1 and 1 + 2**32 give the same numbers there."""
     first, second = torch.zeros(8), torch.zeros(8)
     GaussianNoise(1).add_([first], 1.0)
     GaussianNoise(1 + 2**32).add_([second], 1.0)
-    assert not torch.equal(first, second)  # torch.Generator keeps 32 bits of its seed on a CPU
+    assert not torch.equal(first, second)
 
 
 def test_noise_does_not_depend_on_the_number_of_threads_nor_on_layout():

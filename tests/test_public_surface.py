@@ -37,6 +37,7 @@ ARGUMENTS = {
         "memory_budget=None rows_per_example=None ema_decay=None scheduler=None verify_first_batch=True"
     ),
     "PrivateTraining.resume": "path model optimizer dataset loss_fn scheduler=None collate_fn=None",
+    "PrivateTraining.set_performance": "self microbatch_size strategy='auto' memory_budget=None",
     "PrivateTraining.save": "self path",
     "PrivateTraining.epsilon": "self delta=None",
     "PrivateTraining.certificate": "self",
@@ -52,7 +53,8 @@ OPTIONS = {
         performance.strategy performance.microbatch_size performance.memory_budget performance.threads
         recipe.model recipe.hidden_size recipe.depth recipe.num_heads recipe.patch_size recipe.multiplicity
         recipe.learning_rate recipe.lr_schedule recipe.ema_decay recipe.prediction recipe.weighting recipe.timesteps
-        recipe.beta_schedule recipe.label_dropout recipe.sampler recipe.sampler_steps recipe.guidance
+        recipe.sigma_data recipe.label_std recipe.beta_schedule
+        recipe.label_dropout recipe.sampler recipe.sampler_steps recipe.guidance
         """,
     ),
     "sample": (sample.sample_parser, "run config label count output npz guidance sampler steps weights seed"),

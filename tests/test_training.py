@@ -362,3 +362,16 @@ def test_saving_again_replaces_one_state_and_a_failed_save_keeps_the_old_one(tmp
     assert resumed.index == 2
     with pytest.raises(errors.RunFolderError, match="AdamW"):
         PrivateTraining.resume(tmp_path, fresh, torch.optim.SGD(fresh.parameters(), lr=1.0), dataset(), loss_fn)
+
+
+def test_performance_can_change_without_the_mechanism():
+    training = make(microbatch_size=4)
+    training.step()
+    ledger = training.ledger.events
+    training.set_performance(microbatch_size=2, strategy="two_pass")
+    training.step()
+    assert (
+        training.microbatches.current == 2 and training.ledger.events[0].noise_multiplier == ledger[0].noise_multiplier
+    )
+    with pytest.raises(errors.UnknownStrategyError):
+        training.set_performance(microbatch_size=2, strategy="fast")

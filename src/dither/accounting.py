@@ -126,8 +126,8 @@ class Ledger:
 class EpsilonCurve:
     """Epsilon after each step of a planned run, cheap enough for a progress bar.
 
-    It is exact at the last step and at the end of each fiftieth of the run; between, it shows the next of these knots,
-    which is an upper bound. Inner knots are computed when reached, with a discretisation five times coarser, which
+    It has at most fifty knots, evenly spaced and at the last step; between, it shows the next knot, which is an upper
+    bound. Inner knots are computed when reached, with a discretisation five times coarser, which
     again can only raise them; the last step's value caps them all. So it never understates and never decreases.
 
     Args:
@@ -149,7 +149,8 @@ class EpsilonCurve:
         total = self._event.count
         if step <= 0:
             return 0.0
-        knot = min(total, math.ceil(math.ceil(step * _KNOTS / total) * total / _KNOTS))
+        stride = math.ceil(total / _KNOTS)
+        knot = min(total, math.ceil(step / stride) * stride)
         if knot == total:
             return self.planned
         if knot not in self._values:

@@ -10,16 +10,21 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pickle
 import secrets
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from dither.accounting import Ledger
 from dither.errors import DitherError, OutputPathError, RunFolderError
+
+if TYPE_CHECKING:
+    from dither.training import PrivateTraining
 
 _FORMAT = "dither checkpoint 1"
 _MANIFEST = "checkpoint.json"
@@ -44,6 +49,7 @@ def write(path: Path, state: Mapping[str, Any], step: int) -> None:
             torch.save(dict(state), file)
             file.flush()
             os.fsync(file.fileno())
+        torch.load(path / name, map_location="cpu", weights_only=True, mmap=True)  # what cannot be read is not a copy
         manifest = {"format": _FORMAT, "state": name, "sha256": _sha256(path / name), "step": step}
         temporary = path / f"{_MANIFEST}.{token}"
         with open(temporary, "w") as text:
@@ -54,10 +60,13 @@ def write(path: Path, state: Mapping[str, Any], step: int) -> None:
         for other in path.glob("state-*-*.pt"):
             if other.name != name:
                 other.unlink(missing_ok=True)
-    except (OSError, RuntimeError) as error:
-        (path / name).unlink(missing_ok=True) if path.is_dir() else None
+    except (OSError, RuntimeError, pickle.PickleError, AttributeError, TypeError) as error:
+        for leftover in (path / name, path / f"{_MANIFEST}.{token}"):
+            with suppress(OSError):
+                leftover.unlink()
         raise OutputPathError(
-            f"The checkpoint cannot be written to {path}: {error}", fix="check the path, its permissions, and the disk"
+            f"The checkpoint cannot be written to {path}: {error}",
+            fix="check the path, its permissions, the disk, and that optimizer and scheduler hold plain numbers",
         ) from error
 
 
@@ -99,6 +108,57 @@ def reading(path: Path) -> Iterator[None]:
             f"{path} cannot be read as this run's checkpoint: {type(error).__name__}: {error}",
             fix="restore the folder from a copy, or start a new run",
         ) from error
+
+
+def state_of(training: PrivateTraining) -> dict[str, Any]:
+    """Everything that a run needs to go on: neither the key of the noise nor any example."""
+    return {
+        "settings": {
+            "expected_batch_size": training.sampler.expected_batch_size,
+            "steps": training.steps,
+            "max_grad_norm": training.max_grad_norm,
+            "delta": training.delta,
+            "noise_multiplier": training.noise_multiplier,
+            "microbatch_size": training._microbatch_size,
+            "clipping": training.clipping,
+            "seed": training.seed,
+            "ema_decay": training.ema_decay,
+            "verify_first_batch": training.verify_first_batch,
+            **training._engine,
+        },
+        "target_epsilon": training.target_epsilon,
+        "fingerprint": fingerprint(training.parameters, training.optimizer, training.scheduler),
+        "ledger": training.ledger.to_json(),
+        "resumed": training.resumed,
+        "dataset_size": training.sampler.dataset_size,
+        "current_microbatch_size": training.microbatches.current,
+        "model": training.model.state_dict(),
+        "optimizer": training.optimizer.state_dict(),
+        "scheduler": None if training.scheduler is None else training.scheduler.state_dict(),
+        "ema": training.ema,
+    }
+
+
+def restore(training: PrivateTraining, state: Mapping[str, Any], path: Path) -> None:
+    """Put a saved state into a run that was built from the same settings.
+
+    Raises:
+        RunFolderError: it is of another model, optimizer or scheduler.
+    """
+    given = fingerprint(training.parameters, training.optimizer, training.scheduler)
+    check_fingerprint(state["fingerprint"], given, path)
+    ledger = Ledger.from_json(state["ledger"])
+    training.model.load_state_dict(state["model"])
+    training.optimizer.load_state_dict(state["optimizer"])
+    if training.scheduler is not None:
+        training.scheduler.load_state_dict(state["scheduler"])
+    if training.ema is not None:
+        for name, average in training.ema.items():
+            average.copy_(state["ema"][name])
+    training.target_epsilon = state["target_epsilon"]
+    training.ledger = ledger
+    training.resumed = state["resumed"] + 1
+    training.microbatches.current = state["current_microbatch_size"]
 
 
 def fingerprint(parameters: Mapping[str, Tensor], optimizer: object, scheduler: object) -> dict[str, Any]:

@@ -18,6 +18,7 @@ CollateFunction = Callable[[list[Any]], Any]
 _FIRST = 4  # examples in the first micro-batch of "auto"
 _LARGEST = {"cuda": 256}  # on other devices 64: beyond it a CPU's cache loses more than the GEMMs win
 _SEEDED = 32  # "auto" under a seed, where splitting by measured memory would change the rounding
+_REFUSALS = 3
 _SHARE = 0.5  # of the free memory that a micro-batch may take
 
 
@@ -48,7 +49,7 @@ class PoissonSampler:
             )
         check_seed(seed)
         self.dataset_size = dataset_size
-        self.expected_batch_size = expected_batch_size
+        self.expected_batch_size = float(expected_batch_size)
         self._seed = seed
 
     @property
@@ -70,8 +71,10 @@ class MicrobatchSize:
     """How many examples to compute at once: performance only, the mechanism does not know it.
 
     A number is kept. "auto" starts at 4 examples and doubles while the memory that the last micro-batch added to the
-    process's peak, taken twice, fits in half of what is free; at most 256 on CUDA, 64 elsewhere. Nothing is computed
-    for the sake of measuring. Under a seed "auto" is 32, so that a resumed run rounds alike.
+    process's peak, taken twice, fits in half of what is free; at most 256 on CUDA, 64 elsewhere. It stops growing at
+    the third micro-batch for which this does not hold. Nothing is computed only to measure it; while it grows, the
+    system's record of the peak (VmHWM on Linux, torch's on CUDA) is reset. Under a seed "auto" is 32, so that a
+    resumed run rounds alike.
 
     Args:
         size: a number of examples, or "auto".
@@ -90,6 +93,7 @@ class MicrobatchSize:
             )
         self._device = device
         self._growing = size == "auto" and not seeded
+        self._refusals = 0
         self._largest = _LARGEST.get(device.type, 64)
         self.current = size if isinstance(size, int) else (_SEEDED if seeded else _FIRST)
 
@@ -107,10 +111,11 @@ class MicrobatchSize:
     def _grow(self, before: tuple[float, float]) -> None:
         used, free = before
         peak = _peak(self._device)
-        if 2.0 * max(peak - used, 0.0) <= _SHARE * free and self.current < self._largest:
+        if 2.0 * max(peak - used, 0.0) <= _SHARE * free:
             self.current = min(2 * self.current, self._largest)
         else:
-            self._growing = False
+            self._refusals += 1  # the first micro-batches also pay for buffers that stay
+        self._growing = self.current < self._largest and self._refusals < _REFUSALS
 
 
 def check_dataset(dataset: Any) -> int:
@@ -155,11 +160,16 @@ def _memory(device: torch.device) -> tuple[float, float]:
         torch.cuda.reset_peak_memory_stats(device)
         reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return float(torch.cuda.memory_allocated(device)), float(torch.cuda.mem_get_info(device)[0] + reserved)
+    try:
+        with open("/proc/self/clear_refs", "w") as control:
+            control.write("5")  # proc(5): resets VmHWM
+    except OSError:  # then the peak is the process's whole life's, which errs towards small micro-batches
+        pass
     return _status("/proc/self/status", "VmRSS:"), _status("/proc/meminfo", "MemAvailable:") or _sysconf_free()
 
 
 def _peak(device: torch.device) -> float:
-    """Most bytes this process has used at once; since `_memory` on CUDA, since its start elsewhere."""
+    """Most bytes this process has used at once; since `_memory` where that can be reset."""
     if device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(device))
     return _status("/proc/self/status", "VmHWM:")

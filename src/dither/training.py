@@ -22,6 +22,7 @@ from dither.clipping.functions import clipping_function
 from dither.clipping.plan import check_strategy
 from dither.errors import CaptureError, ConfigurationError, LedgerError, LossShapeError
 from dither.noise import GaussianNoise, check_seed, torch_seed
+from dither.parameters import trained_parameters
 from dither.sampling import CollateFunction, MicrobatchSize, PoissonSampler, check_dataset, load_batch
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
@@ -137,7 +138,7 @@ class PrivateTraining:
             )
         check_seed(seed)
         size = check_dataset(dataset)
-        self._parameters = _trained_parameters(model, optimizer)
+        self.parameters = trained_parameters(model, optimizer)
         self.sampler = PoissonSampler(size, expected_batch_size, seed=seed)
         _check_delta(delta)
         _check_mechanism(self.sampler.sample_rate, 1.0 if noise_multiplier is None else noise_multiplier, steps)
@@ -145,29 +146,31 @@ class PrivateTraining:
         check_strategy(strategy)
         if ema_decay is not None and not 0.0 <= ema_decay < 1.0:
             raise ConfigurationError(f"ema_decay must be at least 0 and below 1; it is {ema_decay}.", fix="0.999")
-        self._device = next(iter(self._parameters.values())).device
+        self._device = next(iter(self.parameters.values())).device
         self.microbatches = MicrobatchSize(microbatch_size, self._device, seeded=seed is not None)
         if noise_multiplier is None:
             epsilon = _DEFAULT_EPSILON if epsilon is None else epsilon
             noise_multiplier = noise_multiplier_for(epsilon, delta, self.sampler.sample_rate, steps)
-        self.noise_multiplier, self.target_epsilon, self.delta, self.steps = noise_multiplier, epsilon, delta, steps
+        self.noise_multiplier, self.delta, self.steps = float(noise_multiplier), float(delta), steps
+        self.target_epsilon = None if epsilon is None else float(epsilon)
         self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
         self._dataset, self._loss_fn, self._collate_fn = dataset, loss_fn, collate_fn
-        self.max_grad_norm, self.clipping, self.seed, self.ema_decay = max_grad_norm, clipping, seed, ema_decay
+        self.max_grad_norm, self.clipping, self.seed = float(max_grad_norm), clipping, seed
+        self.ema_decay = None if ema_decay is None else float(ema_decay)
         self._engine: dict[str, Any] = {
             "strategy": strategy,
             "memory_budget": memory_budget,
             "rows_per_example": rows_per_example,
         }
-        self._microbatch_size, self._verify_first_batch = microbatch_size, verify_first_batch
+        self._microbatch_size, self.verify_first_batch = microbatch_size, verify_first_batch
         self.ledger = Ledger()
         self.resumed = 0
         self.verification: dict[str, Any] = {"exact": None}  # not run yet
         self.ema: dict[str, Tensor] | None = None
         if ema_decay is not None:
-            self.ema = {name: p.detach().clone() for name, p in self._parameters.items()}
+            self.ema = {name: p.detach().clone() for name, p in self.parameters.items()}
         self._noise = GaussianNoise(seed)
-        self._curve = EpsilonCurve(Event(self.sampler.sample_rate, noise_multiplier, steps), delta)
+        self._curve = EpsilonCurve(Event(self.sampler.sample_rate, self.noise_multiplier, steps), delta)
         self._sums: dict[str, Tensor] | None = None
 
     @property
@@ -220,7 +223,7 @@ class PrivateTraining:
         self._noise.add_(self._sums, self.noise_multiplier * self.sensitivity, step=index)
         # From here the noisy sum counts as released, whatever interrupts the rest of the step.
         self.ledger.record(self.sampler.sample_rate, self.noise_multiplier)
-        for name, parameter in self._parameters.items():
+        for name, parameter in self.parameters.items():
             parameter.grad = self._sums[name].div_(self.sampler.expected_batch_size)
         self.optimizer.step()
         if self.scheduler is not None:
@@ -230,10 +233,10 @@ class PrivateTraining:
 
     def _sum_clipped(self, indices: np.ndarray[Any, Any]) -> _Tally:
         """Sum the batch's clipped gradients into the buffers, which are the gradients of the step before."""
-        for parameter in self._parameters.values():
+        for parameter in self.parameters.values():
             parameter.grad = None
         if self._sums is None:
-            self._sums = {name: torch.zeros_like(p, requires_grad=False) for name, p in self._parameters.items()}
+            self._sums = {name: torch.zeros_like(p, requires_grad=False) for name, p in self.parameters.items()}
         for total in self._sums.values():
             total.zero_()
         tally = _Tally()
@@ -254,13 +257,13 @@ class PrivateTraining:
                     fix="return one loss per example of the batch; average several rows of one example first",
                 )
             assert result.sensitivity == self.sensitivity
-            if self._verify_first_batch and self.verification["exact"] is None:
+            if self.verify_first_batch and self.verification["exact"] is None:
                 # After the sum, which knows the examples that cannot be compared; before anything is released.
                 self._verify(chosen[result.norms.isfinite().cpu().numpy()][:_VERIFIED_EXAMPLES])
             finite = result.losses.isfinite()
             tally.losses.append(torch.where(finite, result.losses, 0.0).double().sum())
             tally.finite.append(finite.sum())
-            tally.clipped.append((result.norms > self.max_grad_norm).sum())  # nan counts as dropped, not clipped
+            tally.clipped.append(((result.norms > self.max_grad_norm) & result.norms.isfinite()).sum())
             tally.examples += len(chosen)
             tally.dropped += result.dropped
         return tally
@@ -291,7 +294,7 @@ class PrivateTraining:
         decay = min(self.ema_decay, (1.0 + self.index) / (10.0 + self.index))
         with torch.no_grad():
             averages = list(self.ema.values())
-            torch._foreach_lerp_(averages, [self._parameters[name].detach() for name in self.ema], 1.0 - decay)
+            torch._foreach_lerp_(averages, [self.parameters[name].detach() for name in self.ema], 1.0 - decay)
 
     def _report(self, tally: _Tally) -> Step:
         loss = clip_fraction = math.nan
@@ -316,6 +319,25 @@ class PrivateTraining:
             torch.manual_seed(torch_seed(self.seed, index))
             yield
 
+    def set_performance(
+        self, *, microbatch_size: int | str, strategy: str = "auto", memory_budget: float | None = None
+    ) -> None:
+        """Change what only time and memory depend on, for instance after a resume on another machine.
+
+        Args:
+            microbatch_size: as the constructor's; an unchanged "auto" keeps the size it had found.
+            strategy: as the constructor's.
+            memory_budget: as the constructor's.
+
+        Raises:
+            ConfigurationError: a value cannot work.
+        """
+        check_strategy(strategy)
+        if microbatch_size != self._microbatch_size:
+            self.microbatches = MicrobatchSize(microbatch_size, self._device, seeded=self.seed is not None)
+            self._microbatch_size = microbatch_size
+        self._engine.update(strategy=strategy, memory_budget=memory_budget)
+
     def certificate(self) -> dict[str, Any]:
         """What was guaranteed, to whom, by which mechanism; JSON-serialisable."""
         return certificate(self)
@@ -331,34 +353,7 @@ class PrivateTraining:
         Raises:
             OutputPathError: it cannot be written.
         """
-        state = {
-            "settings": self._settings(),
-            "fingerprint": checkpoint.fingerprint(self._parameters, self.optimizer, self.scheduler),
-            "ledger": self.ledger.to_json(),
-            "resumed": self.resumed,
-            "dataset_size": self.sampler.dataset_size,
-            "microbatch_size": self.microbatches.current,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
-            "ema": self.ema,
-        }
-        checkpoint.write(Path(path), state, self.index)
-
-    def _settings(self) -> dict[str, Any]:
-        return {
-            "expected_batch_size": self.sampler.expected_batch_size,
-            "steps": self.steps,
-            "max_grad_norm": self.max_grad_norm,
-            "delta": self.delta,
-            "noise_multiplier": self.noise_multiplier,
-            "microbatch_size": self._microbatch_size,
-            "clipping": self.clipping,
-            "seed": self.seed,
-            "ema_decay": self.ema_decay,
-            "verify_first_batch": self._verify_first_batch,
-            **self._engine,
-        } | {"epsilon": self.target_epsilon}
+        checkpoint.write(Path(path), checkpoint.state_of(self), self.index)
 
     @classmethod
     def resume(
@@ -391,53 +386,14 @@ class PrivateTraining:
         """
         state = checkpoint.read(Path(path))
         with checkpoint.reading(Path(path)):
-            settings = dict(state["settings"])
-            target = settings.pop("epsilon")
             if check_dataset(dataset) != state["dataset_size"]:
                 raise LedgerError(
                     f"The dataset has {len(dataset)} examples; the saved run's had {state['dataset_size']}. Its ledger "
                     "does not cover another dataset.",
                     fix="resume with the same dataset, or start a new run",
                 )
-            training = cls(model, optimizer, dataset, loss_fn, scheduler=scheduler, collate_fn=collate_fn, **settings)
-            checkpoint.check_fingerprint(
-                state["fingerprint"], checkpoint.fingerprint(training._parameters, optimizer, scheduler), Path(path)
+            training = cls(
+                model, optimizer, dataset, loss_fn, scheduler=scheduler, collate_fn=collate_fn, **state["settings"]
             )
-            ledger = Ledger.from_json(state["ledger"])
-            model.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
-            if scheduler is not None:
-                scheduler.load_state_dict(state["scheduler"])
-            if training.ema is not None:
-                for name, average in training.ema.items():
-                    average.copy_(state["ema"][name])
-            training.target_epsilon = target
-            training.ledger = ledger
-            training.resumed = state["resumed"] + 1
-            training.microbatches.current = state["microbatch_size"]
+            checkpoint.restore(training, state, Path(path))
         return training
-
-
-def _trained_parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, nn.Parameter]:
-    """The model's trainable parameters, when the optimizer's fit them."""
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if not parameters:
-        raise ConfigurationError(
-            "The model has no trainable parameters.", fix="set requires_grad on those that should be trained"
-        )
-    if isinstance(optimizer, torch.optim.LBFGS):
-        raise ConfigurationError("LBFGS evaluates the loss several times a step.", fix="use Adam, AdamW or SGD")
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    if not held & {id(p) for p in parameters.values()}:
-        raise ConfigurationError(
-            "The optimizer holds none of the model's trainable parameters.",
-            fix="build it after the model is moved or replaced: optimizer = AdamW(model.parameters())",
-        )
-    foreign = held - {id(p) for p in model.parameters()}
-    if foreign:
-        raise ConfigurationError(
-            f"The optimizer holds {len(foreign)} parameters that are not the model's; their gradients would be "
-            "neither clipped nor noised.",
-            fix="put everything that is trained into one module and pass that as the model",
-        )
-    return parameters

@@ -61,7 +61,7 @@ def test_certificate_states_what_the_accountant_says(finished_run):
     again = epsilon_for(certificate["sample_rate"], certificate["noise_multiplier"], 3, 1e-4)
     assert certificate["epsilon"] == pytest.approx(again, rel=1e-9)
     assert certificate["verification"]["exact"] is True
-    assert "loss" in certificate["non_private_values_released"]
+    assert "loss" in certificate["not_private_values_that_left_the_process"]
 
 
 def test_log_marks_the_loss_as_not_private(finished_run):

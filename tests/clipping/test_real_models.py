@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import oracle
 import pytest
 import torch
 import torch.nn.functional as F
 
 import dither
+import oracle
 
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
@@ -16,8 +16,14 @@ B = 3
 
 def _dit():
     model = diffusers.DiTTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=4, num_layers=2, sample_size=8,
-        num_embeds_ada_norm=10, norm_num_groups=4,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        sample_size=8,
+        num_embeds_ada_norm=10,
+        norm_num_groups=4,
     )
     x, t, y = torch.randn(B, 4, 8, 8), torch.randint(1000, (B,)), torch.randint(10, (B,))
     return model, lambda: model(x, timestep=t, class_labels=y, return_dict=False)[0]
@@ -25,8 +31,14 @@ def _dit():
 
 def _unet():
     model = diffusers.UNet2DModel(
-        sample_size=8, in_channels=3, out_channels=3, block_out_channels=(8, 16), norm_num_groups=4, layers_per_block=1,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        sample_size=8,
+        in_channels=3,
+        out_channels=3,
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
         attention_head_dim=8,
     )
     x = torch.randn(B, 3, 8, 8).to(memory_format=torch.channels_last)
@@ -36,7 +48,11 @@ def _unet():
 
 def _llama():
     config = transformers.LlamaConfig(
-        vocab_size=37, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        vocab_size=37,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
         num_key_value_heads=1,
     )
     model = transformers.LlamaForCausalLM(config)
@@ -53,8 +69,14 @@ def _gpt2():
 
 def _vit():
     config = transformers.ViTConfig(
-        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, image_size=8, patch_size=4,
-        hidden_dropout_prob=0.2, num_labels=5,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+        image_size=8,
+        patch_size=4,
+        hidden_dropout_prob=0.2,
+        num_labels=5,
     )
     model = transformers.ViTForImageClassification(config)
     x = torch.randn(B, 3, 8, 8)

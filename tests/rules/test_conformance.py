@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import CASES
 from torch import Tensor
 
 import dither
 import oracle
+from cases import CASES
 
 BOUND = {torch.float64: 1e-10, torch.float32: 1e-5}
 

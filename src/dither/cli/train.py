@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from dither.cli.interrupts import StopRequest
-from dither.cli.options import Options, Performance
+from dither.cli.options import Options
 from dither.cli.progress import TrainingProgress
 from dither.cli.reading import read_options
 from dither.cli.results import write_results, write_samples
@@ -121,19 +121,13 @@ def _resume(options: Options) -> Run:
     optimizer, scheduler = build_optimizer(options.recipe, model)
     loss = build_loss(options.recipe, images.num_classes)
     training = PrivateTraining.resume(folder.state, model, optimizer, digits()[0], loss, scheduler=scheduler)
-    _perform(training, options.performance)
+    performance = options.performance
+    training.set_performance(
+        microbatch_size=performance.microbatch_size,
+        strategy=performance.strategy,
+        memory_budget=performance.memory_budget,
+    )
     return Run(folder, options, model, training)
-
-
-def _perform(training: PrivateTraining, performance: Performance) -> None:
-    """Let a resumed run use other performance flags; the mechanism does not depend on them."""
-    from dither.sampling import MicrobatchSize
-
-    size, device = performance.microbatch_size, next(training.model.parameters()).device
-    if size != training._microbatch_size:  # "auto" keeps the size it had found
-        training.microbatches = MicrobatchSize(size, device, seeded=training.seed is not None)
-        training._microbatch_size = size
-    training._engine.update(strategy=performance.strategy, memory_budget=performance.memory_budget)
 
 
 def _train(ready: Run, console: Console) -> bool:

@@ -89,4 +89,3 @@ def choose(use: ParamUse, strategy: str, memory_left: float) -> str:
     if cost.held_bytes <= memory_left:
         return "hold"
     return "ghost" if cost.ghost <= cost.hold else "tile"
-

@@ -23,30 +23,36 @@ from dither.errors import ConfigurationError
 
 @dataclass(frozen=True)
 class Recipe:
-    """Settings of private diffusion training; the defaults are the digits demo's."""
+    """Settings of private diffusion training; the defaults are the digits demo's.
+
+    They were chosen on a fifth of the *training* digits at epsilon 10 and delta 1e-4. That search is not
+    in a run's ledger: on sensitive data, choose settings on public data or pay for the search.
+    """
 
     model: str = "DiT-tiny"
-    hidden_size: int = 48
+    hidden_size: int = 64  # a small model: the noise's norm grows with the root of its parameters
     depth: int = 2
     num_heads: int = 4
-    patch_size: int = 2
-    multiplicity: int = 8
-    expected_batch_size: int = 718
-    steps: int = 250
-    learning_rate: float = 3e-3
-    lr_schedule: Literal["constant", "cosine", "linear"] = "linear"
-    max_grad_norm: float = 0.1
-    ema_decay: float = 0.95
-    prediction: Prediction = "epsilon"
-    sigma_data: float = 0.5
-    label_std: float = 0.02
+    # One token a digit: attention has nothing to mix, and a class reaches every pixel at once. Under this much
+    # noise that wins: patch_size 4 with learning_rate 2e-2 scored 0.84 where this scores 0.91.
+    patch_size: int = 8
+    multiplicity: int = 8  # noise draws per image inside one clipped gradient: free in privacy
+    expected_batch_size: int = 718  # half of the digits: noise per step almost as low as all, at half the cost
+    steps: int = 150
+    learning_rate: float = 1e-2  # high: Adam's denominator is the noise, so its steps shrink the signal
+    lr_schedule: Literal["constant", "cosine", "linear"] = "linear"  # to 0, so that the last steps' noise fades
+    max_grad_norm: float = 0.01  # far below the gradients' norms (0.5 to 1): every image weighs the same
+    ema_decay: float = 0.9
+    prediction: Prediction = "edm"  # zero output already denoises, so noisy weights cost contrast, not shape
+    sigma_data: float = 0.4  # lower: cleaner and more alike; higher: more varied and noisier
+    label_std: float = 1.0  # at the published 0.02 the class hardly reaches the gradient in so few steps
     weighting: Weighting = "uniform"
     timesteps: int = 1000
     beta_schedule: str = "linear"
     label_dropout: float = 0.1
     sampler: str = "ddim"
     sampler_steps: int = 50
-    guidance: float = 1.0
+    guidance: float = 1.0  # off: guidance narrows the variety and raised no score
 
 
 def build_model(recipe: Recipe, input_size: int, in_channels: int, num_classes: int) -> DiT:

@@ -1,0 +1,67 @@
+"""The code blocks of README.md and CONTRIBUTING.md run as written."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import TensorDataset
+
+import dither
+from dither.rules import rule
+
+ROOT = Path(__file__).parent.parent
+
+
+def blocks(document: str) -> list[str]:
+    """The unindented Python blocks of a document."""
+    return re.findall(r"^```python\n(.*?)^```", (ROOT / document).read_text(), re.DOTALL | re.MULTILINE)
+
+
+@pytest.fixture
+def small():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 3))
+    x, y = torch.randn(40, 4), torch.randint(3, (40,))
+    return {"model": model, "x": x, "y": y, "F": F, "dither": dither}
+
+
+def test_readme_training(small, capsys):
+    code = blocks("README.md")[0]
+    names = {
+        **small,
+        "optimizer": torch.optim.Adam(small["model"].parameters()),
+        "dataset": TensorDataset(small["x"], small["y"]),
+        "loss_fn": lambda model, batch: F.cross_entropy(model(batch[0]), batch[1], reduction="none"),
+    }
+    code = code.replace("steps=1000)", "steps=3, expected_batch_size=10)")
+    exec(code, names)
+    assert len(capsys.readouterr().out.splitlines()) == 3
+
+
+def test_readme_clipped_sum(small):
+    names = dict(small)
+    exec(blocks("README.md")[1], names)
+    assert names["result"].norms.shape == (40,)
+    assert names["result"].sensitivity == 1.0
+
+
+def test_contributing_rule():
+    names: dict = {}
+    before = dict(rule._TABLE)
+    try:
+        exec(blocks("CONTRIBUTING.md")[0], names)
+        asked = []
+        original = names["PReLUSlope"].per_example_gradient
+        names["PReLUSlope"].per_example_gradient = lambda self, *a, **k: asked.append(1) or original(self, *a, **k)
+        model = nn.Sequential(nn.Linear(5, 6), nn.PReLU(), nn.Linear(6, 2)).double()
+        x = torch.randn(4, 3, 5, dtype=torch.float64)
+        assert dither.verify(model, lambda: model(x).square().sum((1, 2))).exact
+        assert asked
+    finally:
+        rule._TABLE.clear()
+        rule._TABLE.update(before)
