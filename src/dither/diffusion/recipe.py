@@ -34,7 +34,7 @@ class Recipe:
     depth: int = 2
     num_heads: int = 4
     # One token a digit: attention has nothing to mix, and a class reaches every pixel at once. Under this much
-    # noise that wins: patch_size 4 with learning_rate 2e-2 scored 0.84 where this scores 0.91.
+    # noise that wins: patch_size 4 with learning_rate 2e-2 scored 0.84 where this scores 0.91 (held out: 0.81, 0.89).
     patch_size: int = 8
     multiplicity: int = 8  # noise draws per image inside one clipped gradient: free in privacy
     expected_batch_size: int = 718  # half of the digits: noise per step almost as low as all, at half the cost
@@ -52,7 +52,7 @@ class Recipe:
     label_dropout: float = 0.1
     sampler: str = "ddim"
     sampler_steps: int = 50
-    guidance: float = 1.0  # off: guidance narrows the variety and raised no score
+    guidance: float = 1.0  # off: with "edm", 1.5 and 2 scored lower and varied no more
 
 
 def build_model(recipe: Recipe, input_size: int, in_channels: int, num_classes: int) -> DiT:
