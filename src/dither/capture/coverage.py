@@ -89,51 +89,59 @@ def _escaped(name: str) -> CoverageError:
     )
 
 
-def decide_examples(tape: Tape, losses: Tensor) -> dict[int, ExampleAxis | None]:
+def decide_examples(tape: Tape, losses: Tensor, thorough: bool = True) -> dict[int, ExampleAxis | None]:
     """Find where the examples lie in every recorded output, and prove that they do not influence each other.
 
-    One example's loss is sent back alone, as NaN: NaN times zero is NaN, so whatever could depend on that loss
-    becomes NaN, also behind weights that are zero now. The entries reached must lie in that example's place in one
+    Some examples' losses are sent back alone, as NaN: NaN times zero is NaN, so whatever could depend on those losses
+    becomes NaN, also behind weights that are zero now. The entries reached must lie in those examples' places in one
     layout. Examples are tried until each output's layout is the only one left, or all have been tried, when the
     layouts that are left say the same of every entry that any loss reaches.
 
     Args:
         tape: the recorded calls.
         losses: shape (B,), with its graph.
+        thorough: separate every ordered pair of examples, in 2 ceil(log2 B) more passes: the examples whose index has
+            a bit set are sent back together, then the others, for each bit. Otherwise the first and the last alone.
 
     Returns:
         By call index: the layout, or None where no loss reaches the output.
 
     Raises:
-        CoupledExamplesError: two examples' losses reach the same entry.
-        ExampleAxisError: the reached entries fit no layout.
+        CoupledExamplesError: a loss reaches another example's entries.
+        ExampleAxisError: the output has no axis that the examples fit on.
     """
     batch = losses.shape[0]
     if batch == 1:
         return {call.index: ExampleAxis(0, 1, 1, _length(call)) for call in tape.calls}
     possible = {call.index: _candidates(call, batch) for call in tape.calls}
-    reached_by: dict[int, Tensor] = {}
+    reached: set[int] = set()
     poisoned: dict[int, Tensor] | None = None
-    order = [batch - 1, 0, *range(1, batch - 1)]
-    for count, example in enumerate(order):
-        touched = _send_back(tape, losses, example)
-        if any(not consistent(possible[i], t, example) for i, t in touched.items()):
-            poisoned = _send_back(tape, losses, None) if poisoned is None else poisoned
+    needed, more = _probes(batch, thorough)
+    for count, examples in enumerate([*needed, *more]):
+        if count >= len(needed) and all(len(possible[i]) == 1 for i in reached):
+            break
+        touched = _send_back(tape, losses, examples)
+        if any(not consistent(possible[i], t, examples) for i, t in touched.items()):
+            poisoned = _send_back(tape, losses, []) if poisoned is None else poisoned
             touched = {i: t & ~poisoned[i] if i in poisoned else t for i, t in touched.items()}
         for index, entries in touched.items():
-            kept = consistent(possible[index], entries, example)
-            before = reached_by.get(index)
-            if before is not None and bool((before & entries).any()):
-                raise _coupled(tape, index, example)
-            if not kept:
-                raise _undecided(tape, index, example, batch)
-            possible[index] = kept
-            if bool(entries.any()):
-                reached_by[index] = entries if before is None else before | entries
-        settled = all(len(possible[i]) == 1 for i in reached_by)
-        if count >= 1 and settled:
-            break
-    return {i: _simplest(possible[i]) if i in reached_by else None for i in possible}
+            if not bool(entries.any()):
+                continue
+            reached.add(index)
+            possible[index] = consistent(possible[index], entries, examples)
+            if not possible[index]:
+                raise _refused(tape, index, examples, batch)
+    return {i: _simplest(possible[i]) if i in reached else None for i in possible}
+
+
+def _probes(batch: int, thorough: bool) -> tuple[list[list[int]], list[list[int]]]:
+    """Groups of examples that must be sent back, and those that are only if layouts are still open."""
+    needed = [[batch - 1], [0]]
+    if thorough and batch > 2:
+        for bit in range((batch - 1).bit_length()):
+            chosen = [i for i in range(batch) if i >> bit & 1]
+            needed += [chosen, [i for i in range(batch) if not i >> bit & 1]]
+    return needed, [[i] for i in range(1, batch - 1)]
 
 
 def with_axes(tape: Tape, axes: Mapping[int, ExampleAxis | None]) -> None:
@@ -150,7 +158,7 @@ def _candidates(call: OpCall, batch: int) -> set[ExampleAxis]:
     return candidates(call.output_shapes[0], batch) if call.output_shapes else set()
 
 
-def _send_back(tape: Tape, losses: Tensor, example: int | None) -> dict[int, Tensor]:
+def _send_back(tape: Tape, losses: Tensor, examples: list[int]) -> dict[int, Tensor]:
     touched: dict[int, Tensor] = {}
 
     def sink(call: int, output: int, gradient: Tensor) -> None:
@@ -159,8 +167,7 @@ def _send_back(tape: Tape, losses: Tensor, example: int | None) -> dict[int, Ten
             touched[call] = touched[call] | entries if call in touched else entries
 
     seed = torch.zeros_like(losses)
-    if example is not None:
-        seed[example] = float("nan")
+    seed[examples] = float("nan")
     tape.sink = sink
     try:
         torch.autograd.backward(losses, seed, retain_graph=True)
@@ -178,25 +185,19 @@ def _where(tape: Tape, index: int) -> str:
     return f"{tape.calls[index].name} (parameter {names})"
 
 
-def _coupled(tape: Tape, index: int, example: int) -> CoupledExamplesError:
-    return CoupledExamplesError(
-        f"Example {example}'s loss and another example's loss both depend on the same entries of the output of "
-        f"{_where(tape, index)}.",
-        fix="remove what mixes examples (batch normalisation or statistics in the model or the loss: use group or "
-        "layer normalisation); a constant input of a layer must be a buffer of the model",
-    )
-
-
-def _undecided(tape: Tape, index: int, example: int, batch: int) -> CoupledExamplesError | ExampleAxisError:
+def _refused(tape: Tape, index: int, examples: list[int], batch: int) -> CoupledExamplesError | ExampleAxisError:
     shape = tuple(tape.calls[index].output_shapes[0])
     if not candidates(torch.Size(shape), batch):
         return ExampleAxisError(
             f"The output of {_where(tape, index)}, shape {shape}, has no axis that {batch} examples fit on.",
             fix="make a constant input of this layer a buffer of the model, or keep one axis for the examples",
         )
+    which = (
+        f"Example {examples[0]}'s loss depends" if len(examples) == 1 else f"Losses of {len(examples)} examples depend"
+    )
     return CoupledExamplesError(
-        f"Example {example}'s loss depends on other examples, or on rows in no regular order, through the output of "
+        f"{which} on other examples, or on rows in no regular order, through the output of "
         f"{_where(tape, index)}, shape {shape}, with {batch} examples.",
         fix="remove what mixes examples (batch normalisation or statistics in the model or the loss: use group or "
-        "layer normalisation), and keep each example's rows together",
+        "layer normalisation), keep each example's rows together, and make a layer's constant input a buffer",
     )

@@ -81,20 +81,21 @@ def candidates(shape: torch.Size, batch: int) -> set[ExampleAxis]:
     return found
 
 
-def consistent(layouts: set[ExampleAxis], touched: Tensor, example: int) -> set[ExampleAxis]:
-    """Layouts for which every touched entry belongs to `example`.
+def consistent(layouts: set[ExampleAxis], touched: Tensor, examples: list[int]) -> set[ExampleAxis]:
+    """Layouts for which every touched entry belongs to one of `examples`.
 
     Args:
         layouts: the layouts still possible.
-        touched: bool, the output's shape: entries that the example's loss reaches.
-        example: index of the example whose loss was sent back alone.
+        touched: bool, the output's shape: entries that the examples' losses reach.
+        examples: indices of the examples whose losses were sent back.
     """
     kept = set()
     for axis in {layout.axis for layout in layouts}:
         others = [a for a in range(touched.dim()) if a != axis]
         along = touched.any(dim=others) if others else touched
-        indices = along.nonzero().flatten()
-        for layout in layouts:
-            if layout.axis == axis and bool(((indices // layout.inner) % layout.batch == example).all()):
+        for layout in (layout for layout in layouts if layout.axis == axis):
+            allowed = torch.zeros(layout.batch, dtype=torch.bool, device=touched.device)
+            allowed[examples] = True
+            if not bool((along & ~allowed[layout.owners(touched.device)]).any()):
                 kept.add(layout)
     return kept

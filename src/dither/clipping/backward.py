@@ -29,6 +29,7 @@ class _Memory:
     """What is kept between steps for a model: decided example axes and buffers."""
 
     axes: dict[int, dict[int, ExampleAxis | None]] = field(default_factory=dict)
+    uncoupled: set[Any] = field(default_factory=set)
     buffers: Buffers = field(default_factory=Buffers)
 
     def recall(self, signature: Any) -> dict[int, ExampleAxis | None] | None:
@@ -71,7 +72,7 @@ class Recording:
             losses = loss_fn()
         self.losses = check_loss(losses)
         self.tape: Tape = recorder.tape
-        self._layouts = None if recorder.reorders_by_data else recorder.trace
+        self._trace, self._reorders = recorder.trace, recorder.reorders_by_data
         self.batch = int(self.losses.shape[0])
         if self.batch and self.losses.grad_fn is None:
             raise CoverageError(
@@ -91,7 +92,12 @@ class Recording:
         with_axes(self.tape, axes)
 
     def _decide_anew(self) -> dict[int, ExampleAxis | None]:
-        axes = decide_examples(self.tape, self.losses)
+        # Every pair of examples once for each sequence of operations; other batch sizes of it need the layouts only.
+        sequence = hash(tuple(function for function, *_ in self._trace))
+        axes = decide_examples(
+            self.tape, self.losses, thorough=(sequence, self.batch > 2) not in self._memory.uncoupled
+        )
+        self._memory.uncoupled.add((sequence, self.batch > 2))
         self._memory.keep(self._signature(), axes)
         return axes
 
@@ -100,11 +106,11 @@ class Recording:
 
         None, never kept, where rows are picked by an index tensor after a parameter was used.
         """
-        if self._layouts is None:
+        if self._reorders:
             return None
         calls = tuple(call.output_shapes for call in self.tape.calls)
         uses = tuple((use.call.index, use.slot, use.name) for use in self.tape.uses)
-        return (self.batch, self._layouts, calls, uses)
+        return (self.batch, self._trace, calls, uses)
 
     @property
     def buffers(self) -> Buffers:
