@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.checkpoint import CheckpointError
 
 from dither.capture.examples import ExampleAxis, candidates, consistent
@@ -31,9 +32,9 @@ def check_loss(losses: object) -> Tensor:
     return losses
 
 
-def leaves_of(losses: Tensor) -> list[Tensor]:
-    """Every leaf tensor that autograd's graph of the losses would give a gradient to."""
-    leaves, stack, seen = [], [losses.grad_fn], set()
+def leaves_of(*roots: Tensor) -> list[Tensor]:
+    """Every leaf tensor that autograd's graph of the roots would give a gradient to."""
+    leaves, stack, seen = [], [root.grad_fn for root in roots], set()
     while stack:
         node = stack.pop()
         if node is None or node in seen:
@@ -89,19 +90,56 @@ def _escaped(name: str) -> CoverageError:
     )
 
 
-def decide_examples(tape: Tape, losses: Tensor, thorough: bool = True) -> dict[int, ExampleAxis | None]:
+@dataclass(frozen=True)
+class Seed:
+    """A place in the graph where the examples' order is known: the losses, or an output of the model.
+
+    Attributes:
+        edge: the place.
+        like: a tensor of the same shape, dtype and device; its values do not matter.
+        layout: where the examples lie in it.
+    """
+
+    edge: GradientEdge
+    like: Tensor
+    layout: ExampleAxis
+
+    @staticmethod
+    def of(tensor: Tensor, layout: ExampleAxis) -> Seed:
+        """The seed at a tensor that requires grad."""
+        return Seed(get_gradient_edge(tensor), tensor.detach(), layout)
+
+    def poison(self, examples: list[int] | None) -> Tensor:
+        """Zeros, and NaN in the examples' places (None: in all)."""
+        chosen = torch.full((self.layout.batch,), examples is None, device=self.like.device)
+        chosen[examples or []] = True
+        poisoned = torch.zeros_like(self.like, memory_format=torch.contiguous_format)
+        poisoned.movedim(self.layout.axis, 0)[chosen[self.layout.owners(self.like.device)]] = float("nan")
+        return poisoned
+
+
+Probe = Callable[[list[int] | None], dict[int, Tensor]]
+"""Sends NaN back from some examples (None: from all) and tells, by call index, which entries of the output it reached:
+bool, the output's shape."""
+
+
+def decide_examples(
+    tape: Tape, batch: int, probe: Probe, thorough: bool = True, known: Mapping[int, ExampleAxis] | None = None
+) -> dict[int, ExampleAxis | None]:
     """Find where the examples lie in every recorded output, and prove that they do not influence each other.
 
-    Some examples' losses are sent back alone, as NaN: NaN times zero is NaN, so whatever could depend on those losses
-    becomes NaN, also behind weights that are zero now. The entries reached must lie in those examples' places in one
-    layout. Examples are tried until each output's layout is the only one left, or all have been tried, when the
-    layouts that are left say the same of every entry that any loss reaches.
+    Some examples' losses are sent back alone, as NaN: NaN times zero is NaN, so whatever could depend on them becomes
+    NaN, also behind weights that are zero now. The entries reached must lie in those examples' places in one layout.
+    Examples are tried until each output's layout is the only one left, or all have been tried, when the layouts that
+    are left say the same of every entry that any loss reaches.
 
     Args:
         tape: the recorded calls.
-        losses: shape (B,), with its graph.
+        batch: B, the number of examples.
+        probe: sends NaN back; see `send_back`.
         thorough: separate every ordered pair of examples, in 2 ceil(log2 B) more passes: the examples whose index has
             a bit set are sent back together, then the others, for each bit. Otherwise the first and the last alone.
+        known: layouts that are known beforehand, by call index.
 
     Returns:
         By call index: the layout, or None where no loss reaches the output.
@@ -110,19 +148,19 @@ def decide_examples(tape: Tape, losses: Tensor, thorough: bool = True) -> dict[i
         CoupledExamplesError: a loss reaches another example's entries.
         ExampleAxisError: the output has no axis that the examples fit on.
     """
-    batch = losses.shape[0]
     if batch == 1:
         return {call.index: ExampleAxis(0, 1, 1, _length(call)) for call in tape.calls}
     possible = {call.index: _candidates(call, batch) for call in tape.calls}
+    possible |= {index: {layout} for index, layout in (known or {}).items()}
     reached: set[int] = set()
     poisoned: dict[int, Tensor] | None = None
-    needed, more = _probes(batch, thorough)
+    needed, more = separating_groups(batch, thorough)
     for count, examples in enumerate([*needed, *more]):
         if count >= len(needed) and all(len(possible[i]) == 1 for i in reached):
             break
-        touched = _send_back(tape, losses, examples)
+        touched = probe(examples)
         if any(not consistent(possible[i], t, examples) for i, t in touched.items()):
-            poisoned = _send_back(tape, losses, []) if poisoned is None else poisoned
+            poisoned = probe([]) if poisoned is None else poisoned
             touched = {i: t & ~poisoned[i] if i in poisoned else t for i, t in touched.items()}
         for index, entries in touched.items():
             if not bool(entries.any()):
@@ -134,7 +172,7 @@ def decide_examples(tape: Tape, losses: Tensor, thorough: bool = True) -> dict[i
     return {i: _simplest(possible[i]) if i in reached else None for i in possible}
 
 
-def _probes(batch: int, thorough: bool) -> tuple[list[list[int]], list[list[int]]]:
+def separating_groups(batch: int, thorough: bool = True) -> tuple[list[list[int]], list[list[int]]]:
     """Groups of examples that must be sent back, and those that are only if layouts are still open."""
     needed = [[batch - 1], [0]]
     if thorough and batch > 2:
@@ -158,7 +196,8 @@ def _candidates(call: OpCall, batch: int) -> set[ExampleAxis]:
     return candidates(call.output_shapes[0], batch) if call.output_shapes else set()
 
 
-def _send_back(tape: Tape, losses: Tensor, examples: list[int]) -> dict[int, Tensor]:
+def send_back(tape: Tape, seeds: Sequence[Seed], examples: list[int] | None) -> dict[int, Tensor]:
+    """Send NaN back from the seeds, through the whole graph; a `Probe` once tape and seeds are given."""
     touched: dict[int, Tensor] = {}
 
     def sink(call: int, output: int, gradient: Tensor) -> None:
@@ -166,14 +205,27 @@ def _send_back(tape: Tape, losses: Tensor, examples: list[int]) -> dict[int, Ten
             entries = gradient.isnan()
             touched[call] = touched[call] | entries if call in touched else entries
 
-    seed = torch.zeros_like(losses)
-    seed[examples] = float("nan")
+    edges = [seed.edge for seed in seeds]
     tape.sink = sink
     try:
-        torch.autograd.backward(losses, seed, retain_graph=True)
+        torch.autograd.backward(edges, [seed.poison(examples) for seed in seeds], retain_graph=True)
     finally:
         tape.sink = None
     return touched
+
+
+def send_back_to(
+    places: Mapping[int, GradientEdge], seeds: Sequence[Seed], examples: list[int] | None
+) -> dict[int, Tensor]:
+    """Send NaN back from the seeds only to the places of some calls; no leaf receives a gradient."""
+    found = torch.autograd.grad(
+        [seed.edge for seed in seeds],
+        list(places.values()),
+        [seed.poison(examples) for seed in seeds],
+        retain_graph=True,
+        allow_unused=True,
+    )
+    return {call: gradient.isnan() for call, gradient in zip(places, found, strict=True) if gradient is not None}
 
 
 def _simplest(layouts: set[ExampleAxis]) -> ExampleAxis:

@@ -73,12 +73,20 @@ class Recorder(TorchFunctionMode):
         parameters: trainable parameters by name.
         buffers: the model's buffers: constants, which the examples must not change.
         claim: finds the rules for an operation (`dither.rules.claim`).
+        on_output: called with every recorded operation's first output, in the graph, and the call's index.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], buffers: Iterable[Tensor], claim: Claim) -> None:
+    def __init__(
+        self,
+        parameters: Mapping[str, Tensor],
+        buffers: Iterable[Tensor],
+        claim: Claim,
+        on_output: Callable[[Tensor, int], None] | None = None,
+    ) -> None:
         super().__init__()
         self.tape = Tape()
         self._claim = claim
+        self._on_output = on_output
         self._names = {id(p): name for name, p in parameters.items()}
         # Strong references, so that no id is reused while the recorder lives.
         self._kinds: dict[int, tuple[str, Tensor]] = {id(b): (_BUFFER, b) for b in buffers}
@@ -227,6 +235,8 @@ class Recorder(TorchFunctionMode):
             live = tensor if tensor.requires_grad else _Anchor.apply(self.anchor, tensor)
             live.register_hook(lambda g, position=position: self.tape.deliver(call, position, g))
             replaced[id(tensor)] = live
+            if position == 0 and self._on_output is not None:
+                self._on_output(live, call)
         return map_tensors(lambda t: replaced.get(id(t), t), output)
 
 

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dither.capture.coverage import check_loss, decide_examples, leaves_of, nothing_escapes, with_axes
+from dither.capture.coverage import (
+    Probe,
+    Seed,
+    check_loss,
+    decide_examples,
+    leaves_of,
+    nothing_escapes,
+    send_back,
+    with_axes,
+)
 from dither.capture.examples import ExampleAxis
 from dither.capture.recorder import Recorder
 from dither.capture.uses import ParamUse, Tape
@@ -56,52 +65,83 @@ def trainable(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-class Recording:
-    """A forward pass whose parameter uses are on a tape, with the examples' places decided.
+class Recorded:
+    """What a recorder saw while a model ran, and the places of the examples once they are decided.
 
     Args:
-        model: the model whose trainable parameters are recorded.
-        loss_fn: no arguments; returns one loss per example, shape (B,).
+        model: whose trainable parameters are recorded.
+        parameters: the recorded parameters by name.
     """
 
-    def __init__(self, model: nn.Module, loss_fn: LossFunction) -> None:
-        self.parameters = trainable(model)
+    def __init__(self, model: nn.Module, parameters: dict[str, Tensor]) -> None:
+        self.parameters = parameters
+        self.tape = Tape()
+        self.batch = 0
+        self.undecided = False
         self._memory = _memories.setdefault(model, _Memory())
-        recorder = Recorder(self.parameters, model.buffers(), claim)
-        with recorder, torch.enable_grad():
-            losses = loss_fn()
-        self.losses = check_loss(losses)
-        self.tape: Tape = recorder.tape
-        self._trace, self._reorders = recorder.trace, recorder.reorders_by_data
-        self.batch = int(self.losses.shape[0])
-        if self.batch and self.losses.grad_fn is None:
-            raise CoverageError(
-                "No trainable parameter of the model was used with the examples while loss_fn ran.",
-                fix="call the model inside loss_fn, without torch.no_grad or detach, and train this model's parameters",
-            )
-        self._undecided = False
-        if self.batch:
-            with nothing_escapes(self.losses, self.parameters):
-                self._decide()
+        self._trace: tuple[Any, ...] = ()
+        self._reorders = False
 
-    def _decide(self) -> None:
-        axes = self._memory.recall(self._signature())
+    def take(self, recorder: Recorder) -> None:
+        """Take what a recorder saw, once it has stopped."""
+        self.tape = recorder.tape
+        self._trace, self._reorders = recorder.trace, recorder.reorders_by_data
+
+    @property
+    def device(self) -> torch.device:
+        """Where norms are added up: the first parameter's device."""
+        return next(iter(self.parameters.values())).device
+
+    @property
+    def buffers(self) -> Buffers:
+        """Memory kept between steps."""
+        return self._memory.buffers
+
+    def uses_by_call(self) -> dict[int, list[ParamUse]]:
+        """The uses of each recorded operation, by its index."""
+        found: dict[int, list[ParamUse]] = {}
+        for use in self.tape.uses:
+            found.setdefault(use.call.index, []).append(use)
+        return found
+
+    def decide(
+        self,
+        probe: Probe,
+        known: Mapping[int, ExampleAxis] | None = None,
+        context: Any = None,
+    ) -> None:
+        """Decide where the examples lie, from memory if this sequence of operations was decided before.
+
+        Args:
+            probe: sends NaN back from the losses.
+            known: layouts of calls that are known beforehand.
+            context: what else must be the same for a decision to hold; hashable.
+
+        Raises:
+            CaptureError: its kinds, as `decide_examples`.
+        """
+        axes = self.recall(context)
         if axes is None:
-            axes = self._decide_anew()
-        self._undecided = any(axis is None for axis in axes.values())
+            axes = self.decide_anew(probe, known, context)
+        self.undecided = any(axis is None for axis in axes.values())
         with_axes(self.tape, axes)
 
-    def _decide_anew(self) -> dict[int, ExampleAxis | None]:
+    def recall(self, context: Any = None) -> dict[int, ExampleAxis | None] | None:
+        """The layouts decided before, if they were."""
+        return self._memory.recall(self._signature(context))
+
+    def decide_anew(
+        self, probe: Probe, known: Mapping[int, ExampleAxis] | None = None, context: Any = None
+    ) -> dict[int, ExampleAxis | None]:
+        """Probe, and remember the layouts."""
         # Every pair of examples once for each sequence of operations; other batch sizes of it need the layouts only.
-        sequence = hash(tuple(function for function, *_ in self._trace))
-        axes = decide_examples(
-            self.tape, self.losses, thorough=(sequence, self.batch > 2) not in self._memory.uncoupled
-        )
-        self._memory.uncoupled.add((sequence, self.batch > 2))
-        self._memory.keep(self._signature(), axes)
+        sequence = (hash(tuple(function for function, *_ in self._trace)), self.batch > 2, context)
+        axes = decide_examples(self.tape, self.batch, probe, sequence not in self._memory.uncoupled, known)
+        self._memory.uncoupled.add(sequence)
+        self._memory.keep(self._signature(context), axes)
         return axes
 
-    def _signature(self) -> Any:
+    def _signature(self, context: Any) -> Any:
         """What must be the same for decided places to hold: every operation, its options, and every output's shape.
 
         None, never kept, where rows are picked by an index tensor after a parameter was used.
@@ -110,12 +150,37 @@ class Recording:
             return None
         calls = tuple(call.output_shapes for call in self.tape.calls)
         uses = tuple((use.call.index, use.slot, use.name) for use in self.tape.uses)
-        return (self.batch, self._trace, calls, uses)
+        return (self.batch, self._trace, calls, uses, context)
 
-    @property
-    def buffers(self) -> Buffers:
-        """Memory kept between steps."""
-        return self._memory.buffers
+
+class Recording(Recorded):
+    """A forward pass whose parameter uses are on a tape, with the examples' places decided.
+
+    Args:
+        model: the model whose trainable parameters are recorded.
+        loss_fn: no arguments; returns one loss per example, shape (B,).
+    """
+
+    def __init__(self, model: nn.Module, loss_fn: LossFunction) -> None:
+        parameters = trainable(model)
+        recorder = Recorder(parameters, model.buffers(), claim)
+        with recorder, torch.enable_grad():
+            losses = loss_fn()
+        super().__init__(model, parameters)
+        self.take(recorder)
+        self.losses = check_loss(losses)
+        self.batch = int(self.losses.shape[0])
+        if self.batch and self.losses.grad_fn is None:
+            raise CoverageError(
+                "No trainable parameter of the model was used with the examples while loss_fn ran.",
+                fix="call the model inside loss_fn, without torch.no_grad or detach, and train this model's parameters",
+            )
+        if self.batch:
+            with nothing_escapes(self.losses, self.parameters):
+                self.decide(self._probe)
+
+    def _probe(self, examples: list[int] | None) -> dict[int, Tensor]:
+        return send_back(self.tape, [Seed.of(self.losses, ExampleAxis(0, 1, self.batch, 1))], examples)
 
     def backward(
         self, receive: Callable[[ParamUse, Tensor], None], weights: Tensor | None = None, keep_graph: bool = False
@@ -127,9 +192,7 @@ class Recording:
             weights: (B,) factors of the losses; ones if None.
             keep_graph: whether another pass follows.
         """
-        uses: dict[int, list[ParamUse]] = {}
-        for use in self.tape.uses:
-            uses.setdefault(use.call.index, []).append(use)
+        uses = self.uses_by_call()
         late: list[tuple[int, Tensor]] = []
 
         def sink(call: int, output: int, gradient: Tensor) -> None:
@@ -144,7 +207,7 @@ class Recording:
         with nothing_escapes(self.losses, self.parameters), torch.no_grad():
             self.tape.sink = sink
             try:
-                torch.autograd.backward(self.losses, seed, retain_graph=keep_graph or self._undecided)
+                torch.autograd.backward(self.losses, seed, retain_graph=keep_graph or self.undecided)
             finally:
                 self.tape.sink = None
             self._settle(late, receive)
@@ -154,7 +217,7 @@ class Recording:
         late = [(call, gradient) for call, gradient in late if bool(gradient.any())]
         if not late:
             return
-        with_axes(self.tape, self._decide_anew())
+        with_axes(self.tape, self.decide_anew(self._probe))
         for call, gradient in late:
             for use in self.tape.uses:
                 if use.call.index == call:
@@ -165,28 +228,30 @@ class Gradients:
     """Per-example gradients of a recording by parameter, under a plan.
 
     Args:
-        recording: the recorded forward.
+        recordings: the recorded forwards, of the same examples.
         strategy: one of dither.clipping.plan.STRATEGIES.
         memory_budget: bytes that held gradients may take; None for no bound.
     """
 
-    def __init__(self, recording: Recording, strategy: str, memory_budget: float | None) -> None:
-        self._recording = recording
-        self._names = {id(p): name for name, p in recording.parameters.items()}
+    def __init__(self, recordings: Sequence[Recorded], strategy: str, memory_budget: float | None) -> None:
+        self._batch, self._device = recordings[0].batch, recordings[0].device
+        self._parameters = {name: p for recording in recordings for name, p in recording.parameters.items()}
+        self._names = {id(p): name for name, p in self._parameters.items()}
+        uses = [use for recording in recordings for use in recording.tape.uses]
         self.collectors: dict[str, Collector] = {}
         self._leaves: dict[int, list[str]] = {}
         planned = []
         left = float("inf") if memory_budget is None else float(memory_budget)
         counts: dict[str, int] = {}
-        for use in recording.tape.uses:
+        for use in uses:
             for name in self._leaves_of(use):
                 counts[name] = counts.get(name, 0) + 1
-        for use in recording.tape.uses:
+        for use in uses:
             direct = id(use.parameter) in self._names
             chosen = "form"
             if direct and counts[use.name] == 1 and use.axis is not None:
                 chosen = choose(use, strategy, left)
-                self.collectors[use.name] = Held(recording.buffers) if chosen == "hold" else NotFormed(chosen)
+                self.collectors[use.name] = Held(recordings[0].buffers) if chosen == "hold" else NotFormed(chosen)
             for name in self._leaves_of(use):
                 self.collectors.setdefault(name, Added())
             held = 0 if use.axis is None or chosen in ("ghost", "tile") else int(use.rule.cost(use).held_bytes)
@@ -212,15 +277,20 @@ class Gradients:
         names = self._leaves_of(use)
         gradients = use.rule.per_example_gradient(use, grad_output)
         with torch.enable_grad():
-            pulled = pull_back(use.parameter, gradients, [self._recording.parameters[n] for n in names])
+            pulled = pull_back(use.parameter, gradients, [self._parameters[n] for n in names])
         for name, gradient in zip(names, pulled, strict=True):
             collector = self.collectors[name]
             if gradient is not None and isinstance(collector, Added):
                 collector.add(gradient)
 
+    def formed(self, name: str) -> Tensor | None:
+        """A parameter's per-example gradients, (B, *shape); None if no gradient arrived."""
+        collector = self.collectors.get(name)
+        return None if collector is None else collector.formed()
+
     def norms(self, widen: bool = True) -> Tensor:
         """Per-example norms over all parameters, (B,), float64; `widen`: do again those whose squares overflow."""
-        squared = torch.zeros(self._recording.batch, dtype=torch.float64, device=self._recording.losses.device)
+        squared = torch.zeros(self._batch, dtype=torch.float64, device=self._device)
         for collector in self.collectors.values():
             part = collector.squared_norm()
             if part is not None:

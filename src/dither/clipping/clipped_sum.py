@@ -82,11 +82,11 @@ def clipped_sum(
     _check_rows(recording, rows_per_example)
     sums = _sums(recording.parameters, into)
     budget = free_memory(recording.losses.device) / 2 if memory_budget is None else memory_budget
-    gradients = Gradients(recording, strategy, budget)
+    gradients = Gradients([recording], strategy, budget)
     two_pass = strategy == "two_pass"
     norms = _collect(recording, gradients, two_pass)
     if two_pass and not bool(is_finite(norms).all()):  # rare: what was forgotten is needed after all
-        gradients, two_pass = Gradients(recording, "tile", budget), False
+        gradients, two_pass = Gradients([recording], "tile", budget), False
         norms = _collect(recording, gradients, False)
     dropped = ~is_finite(norms)
     factors = torch.where(dropped, 0.0, clip.factors(norms))
@@ -114,12 +114,11 @@ def per_example_gradients(model: nn.Module, loss_fn: LossFunction) -> dict[str, 
         CaptureError: its kinds, as `clipped_sum`.
     """
     recording = Recording(model, loss_fn)
-    gradients = Gradients(recording, "hold", None)
+    gradients = Gradients([recording], "hold", None)
     _collect(recording, gradients, False)
     found = {}
     for name, parameter in recording.parameters.items():
-        collector = gradients.collectors.get(name)
-        formed = collector.formed() if collector is not None else None
+        formed = gradients.formed(name)
         # Held gradients live in memory that the next step uses again: the caller gets its own.
         found[name] = parameter.new_zeros(recording.batch, *parameter.shape) if formed is None else formed.clone()
     return found
@@ -139,7 +138,7 @@ def per_example_norms(model: nn.Module, loss_fn: LossFunction) -> Tensor:
         CaptureError: its kinds, as `clipped_sum`.
     """
     recording = Recording(model, loss_fn)
-    gradients = Gradients(recording, "two_pass", None)
+    gradients = Gradients([recording], "two_pass", None)
     norms = _collect(recording, gradients, False)
     return norms.to(torch.promote_types(recording.losses.dtype, torch.float32))
 

@@ -47,9 +47,17 @@ class Buffers:
         """An uninitialised (B, *parameter.shape) tensor; the same memory for the same key if it is large enough."""
         needed = batch * parameter.numel()
         kept = self._kept.get(key)
-        if kept is None or kept.numel() < needed or kept.dtype != parameter.dtype or kept.device != parameter.device:
+        fits = kept is not None and kept.numel() >= needed and kept.dtype == parameter.dtype
+        if kept is None or not fits or kept.device != parameter.device or _in_use(kept):
             kept = self._kept[key] = parameter.new_empty(needed, requires_grad=False)
         return kept[:needed].view(batch, *parameter.shape)
+
+
+def _in_use(kept: Tensor) -> bool:
+    """Whether somebody else (the user's `grad_sample`) still refers to the memory."""
+    count = getattr(torch._C, "_storage_Use_Count", None)
+    # The tensor and the storage object made here refer to it.
+    return count is None or count(kept.untyped_storage()._cdata) > 2
 
 
 class Held:

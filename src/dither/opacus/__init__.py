@@ -1,0 +1,1 @@
+"""Opacus's names and behaviour, for models whose forward takes anything."""

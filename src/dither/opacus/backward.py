@@ -1,0 +1,176 @@
+"""What happens around the user's `loss.backward()`.
+
+While a recorded module is alive, `torch.autograd.backward` is wrapped: before a pass over recorded forwards the places
+of the examples are decided and coupling is ruled out; after it the recordings' owners publish what arrived. A pass over
+anything else runs as it always did.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from dither.capture.coverage import Seed
+from dither.capture.examples import ExampleAxis
+from dither.errors import CoverageError
+from dither.opacus.graph import Reached, reach
+from dither.opacus.recording import ModuleRecording, decide
+
+Sink = Callable[[int, int, Tensor], None]
+
+
+class Owner(Protocol):
+    """The hooks object that recorded a forward and wants its gradients."""
+
+    verify_loss: bool
+
+    def prepare_backward(self, recordings: list[ModuleRecording]) -> Callable[[], None]:
+        """Give each recording's tape a sink; return what publishes after the pass."""
+        ...
+
+    def quiet_hooks(self) -> AbstractContextManager[None]:
+        """Opacus's own per-layer hooks are silent inside."""
+        ...
+
+
+class _Local(threading.local):
+    busy = False
+
+
+_local = _Local()
+_owners: weakref.WeakSet[Any] = weakref.WeakSet()
+_unwrapped: list[Callable[..., None]] = []
+
+
+def attach(owner: Any) -> None:
+    """Wrap `torch.autograd.backward`, if it is not yet."""
+    _owners.add(owner)
+    if not _unwrapped:
+        _unwrapped.append(torch.autograd.backward)
+        torch.autograd.backward = _backward
+
+
+def detach(owner: Any) -> None:
+    """Forget an owner; with the last one `torch.autograd.backward` is what it was."""
+    _owners.discard(owner)
+    if not _owners and torch.autograd.backward is _backward:
+        torch.autograd.backward = _unwrapped.pop()
+
+
+def _backward(
+    tensors: Any,
+    grad_tensors: Any = None,
+    retain_graph: bool | None = None,
+    create_graph: bool = False,
+    grad_variables: Any = None,
+    inputs: Any = None,
+) -> None:
+    """Sum of gradients of the tensors with respect to leaves; see `torch.autograd.backward`."""
+
+    def run() -> None:
+        _unwrapped[0](tensors, grad_tensors, retain_graph, create_graph, grad_variables, inputs)
+
+    roots = [tensors] if isinstance(tensors, Tensor) else list(tensors) if isinstance(tensors, (list, tuple)) else []
+    if _local.busy or not roots or not all(isinstance(root, Tensor) for root in roots):
+        return run()
+    reached = reach(roots)
+    if not reached.owners:
+        return run()
+    if create_graph or inputs is not None:
+        raise CoverageError(
+            "backward is called with create_graph or inputs on a loss of a recorded model; per-example gradients of "
+            "gradients, or of some inputs only, are not defined here.",
+            fix="call loss.backward() plainly; no gradient penalties on the private model",
+        )
+    with session(reached):
+        with quiet(reached):
+            decide(reached, roots, None, all(owner.verify_loss for owner in owners_of(reached)))
+        publish = [owner.prepare_backward(recordings) for owner, recordings in owners_of(reached).items()]
+        run()
+        for each in publish:
+            each()
+    return None
+
+
+def owners_of(reached: Reached) -> dict[Any, list[ModuleRecording]]:
+    """The recordings by the hooks object that made them."""
+    found: dict[Any, list[ModuleRecording]] = {}
+    for recording in reached.owners:
+        owner = recording.hooks()
+        if owner is None:
+            raise CoverageError(
+                "A loss is sent back through a model whose GradSampleModule no longer exists.",
+                fix="keep the GradSampleModule (or the hooks object) as long as its outputs are used",
+            )
+        found.setdefault(owner, []).append(recording)
+    return found
+
+
+@contextmanager
+def session(reached: Reached) -> Iterator[None]:
+    """One backward pass over recordings: nested ones run plainly; nothing may reach a recorded parameter."""
+    names = {id(p): name for recording in reached.owners for name, p in recording.parameters.items()}
+    for leaf in reached.leaves:
+        if id(leaf) in names:
+            raise CoverageError(
+                f"Parameter {names[id(leaf)]} receives gradient outside the wrapped module: it would not be clipped.",
+                fix="use it only inside the module's forward; a penalty on weights belongs into the optimizer's "
+                "weight_decay",
+            )
+    for recording in reached.owners:
+        recording.tape.sink = ignore
+    _local.busy = True
+    try:
+        yield
+    finally:
+        _local.busy = False
+        for recording in reached.owners:
+            recording.tape.sink = outside
+
+
+@contextmanager
+def quiet(reached: Reached) -> Iterator[None]:
+    """No per-layer hook of Opacus's runs inside."""
+    with ExitStack() as stack:
+        for owner in owners_of(reached):
+            stack.enter_context(owner.quiet_hooks())
+        yield
+
+
+def inject(parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+    """Give gradients to parameters as a backward pass does: accumulated, and with every hook run."""
+    if parameters:
+        _unwrapped[0](list(parameters), list(gradients))
+
+
+def send(losses: Tensor, weights: Tensor, retain_graph: bool, inputs: Any = None) -> None:
+    """One plain backward pass inside a session."""
+    _unwrapped[0](losses, weights, retain_graph, inputs=inputs)
+
+
+def per_example(losses: Tensor) -> Seed:
+    """The seed at losses of shape (B,)."""
+    return Seed.of(losses, ExampleAxis(0, 1, int(losses.shape[0]), 1))
+
+
+def ignore(call: int, output: int, gradient: Tensor) -> None:
+    """A sink that drops what arrives."""
+
+
+def outside(call: int, output: int, gradient: Tensor) -> None:
+    """The sink between backward passes: gradients of inputs may be taken, not gradients of gradients.
+
+    Raises:
+        CoverageError: the pass builds a graph of its own, so parameters would be missing from it.
+    """
+    if torch.is_grad_enabled():
+        raise CoverageError(
+            "A gradient is taken with create_graph=True through a recorded model; its parameters have no part in it.",
+            fix="no gradient penalties on the private model, or disable_hooks() before that forward",
+        )

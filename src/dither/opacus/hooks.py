@@ -1,0 +1,301 @@
+"""Opacus's `GradSampleHooks` and `GradSampleModule` on the recorder: per-example gradients of any forward.
+
+Where Opacus hooks each layer and asks a grad sampler of its type, here the whole forward is recorded, whatever it takes
+and returns. Layers with a sampler that the user registered, and Opacus's RNN cells, keep Opacus's own hooks.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import opacus.grad_sample as stock
+import torch
+from opacus.layers.dp_rnn import RNNLinear
+from torch import Tensor, nn
+
+from dither.clipping.backward import Gradients
+from dither.errors import ExampleAxisError
+from dither.opacus import backward
+from dither.opacus.recording import ModuleRecording
+
+_add_hooks = stock.GradSampleHooks.add_hooks
+_remove_hooks = stock.GradSampleHooks.remove_hooks
+_STOCK_ONLY = (stock.GradSampleHooksFastGradientClippingFSDP, stock.GradSampleHooksFastGradientClippingTP)
+
+
+class _Forward:
+    """The state of a hooks object between its module's forwards; not copied, not pickled."""
+
+    def __init__(self) -> None:
+        self.recording: ModuleRecording | None = None
+        self.depth = 0
+        self.alive: weakref.WeakSet[ModuleRecording] = weakref.WeakSet()
+
+    def __deepcopy__(self, memo: Any) -> _Forward:
+        return _Forward()
+
+    def __reduce__(self) -> Any:
+        return _Forward, ()
+
+
+class GradSampleHooks(stock.GradSampleHooks):
+    """Per-example gradients of an unwrapped module; see `opacus.grad_sample.GradSampleHooks`."""
+
+    hooks_enabled: bool
+    verify_loss = True
+    """Whether to prove, once for each graph, that a scalar loss is a sum of one term per example."""
+
+    def add_hooks(
+        self, *, loss_reduction: str = "mean", batch_first: bool = True, force_functorch: bool = False
+    ) -> None:
+        """Record the module's forwards from now on.
+
+        Args:
+            loss_reduction: "mean" or "sum", how the user's loss reduces over the examples.
+            batch_first: whether examples lie on axis 0 of inputs and outputs, otherwise on axis 1.
+            force_functorch: ignore registered grad samplers.
+
+        Raises:
+            ValueError: the module has hooks already.
+        """
+        if isinstance(self, _STOCK_ONLY):
+            _add_hooks(self, loss_reduction=loss_reduction, batch_first=batch_first, force_functorch=force_functorch)
+            return
+        if hasattr(self._module, "autograd_grad_sample_hooks"):
+            raise ValueError("Trying to add hooks twice to the same model")
+        self._recording_state = _Forward()
+        handles: list[Any] = []
+        self._module.autograd_grad_sample_hooks = self.autograd_grad_sample_hooks = handles
+        for module in self._module.modules():
+            handles.append(module.register_forward_pre_hook(self._before_forward, with_kwargs=True))
+            handles.append(module.register_forward_hook(self._after_forward, with_kwargs=True, always_call=True))
+            if self._keeps_sampler(module):
+                options = {"loss_reduction": loss_reduction, "batch_first": batch_first}
+                handles.append(module.register_forward_hook(self.capture_activations_hook))
+                handles.append(module.register_full_backward_hook(partial(self.capture_backprops_hook, **options)))
+        backward.attach(self)
+        self.enable_hooks()
+
+    def remove_hooks(self) -> None:
+        """Stop recording, and remove what was added to the module."""
+        _remove_hooks(self)
+        backward.detach(self)
+
+    @classmethod
+    def validate(cls, module: nn.Module, *, strict: bool = False) -> list[NotImplementedError]:
+        """Layers that update running statistics from the examples, which nothing can make private.
+
+        Raises:
+            NotImplementedError: there are some, and `strict` is set.
+        """
+        errors = [
+            NotImplementedError(
+                f"Layer {name or 'itself'} ({type(layer).__name__}) keeps running statistics of the examples. "
+                "ModuleValidator.fix replaces it."
+            )
+            for name, layer in module.named_modules()
+            if getattr(layer, "track_running_stats", False) and any(True for _ in layer.buffers(recurse=False))
+            if any(p.requires_grad for p in layer.parameters())
+        ]
+        if strict and errors:
+            raise NotImplementedError(errors)
+        return errors
+
+    def _keeps_sampler(self, module: nn.Module) -> bool:
+        """Whether a layer has a sampler of the user's own, or is an RNN cell of Opacus's."""
+        kind = type(module)
+        if kind is RNNLinear:
+            return True
+        sampler = None if self.force_functorch else self.GRAD_SAMPLERS.get(kind)
+        norm = getattr(self, "NORM_SAMPLERS", {}).get(kind)
+        return any(f is not None and not _is_opacus_own(kind, f) for f in (sampler, norm))
+
+    def _to_record(self) -> dict[str, Tensor]:
+        """The parameters to record: trainable now, and not in the care of a registered sampler."""
+        kept = {
+            id(p)
+            for module in self._module.modules()
+            if self._keeps_sampler(module)
+            for p in module.parameters(recurse=False)
+        }
+        found: dict[str, Tensor] = {}
+        for name, parameter in self._module.named_parameters():
+            if parameter.requires_grad:
+                _make_ready(parameter)
+                if id(parameter) not in kept:
+                    found[name] = parameter
+        return found
+
+    def _before_forward(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        forward = self._recording_state
+        if forward.recording is not None:
+            forward.depth += 1
+        elif self.hooks_enabled and module.training and torch.is_grad_enabled():
+            parameters = self._to_record()
+            if parameters and any(p.requires_grad for p in module.parameters()):
+                forward.recording = ModuleRecording(self._module, parameters, self.batch_first)
+                forward.recording.hooks = weakref.ref(self)
+                forward.depth = 1
+
+    def _after_forward(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        forward = self._recording_state
+        if forward.recording is None:
+            return
+        forward.depth -= 1
+        if forward.depth == 0:
+            recording, forward.recording = forward.recording, None
+            recording.finish((args, kwargs), output)
+            recording.tape.sink = backward.outside
+            if recording.tape.calls:
+                forward.alive.add(recording)
+
+    @contextmanager
+    def quiet_hooks(self) -> Iterator[None]:
+        """Per-layer hooks of kept samplers are silent inside."""
+        before, self.hooks_enabled = self.hooks_enabled, False
+        try:
+            yield
+        finally:
+            self.hooks_enabled = before
+
+    def loss_scale(self, batch: int) -> float:
+        """What an output gradient is multiplied by, to be that of the example's own loss."""
+        if self.loss_reduction not in ("mean", "sum"):
+            raise ValueError(f"loss_reduction = {self.loss_reduction}. Only 'sum' and 'mean' losses are supported")
+        return float(batch) if self.loss_reduction == "mean" else 1.0
+
+    def prepare_backward(self, recordings: list[ModuleRecording]) -> Callable[[], None]:
+        """Per-example gradients are formed as output gradients arrive; with hooks disabled, ordinary ones."""
+        if not self.hooks_enabled:
+            return plain_gradients(recordings)
+        formed = []
+        for recording in recordings:
+            gradients = Gradients([recording], "hold", None)
+            recording.tape.sink = receiver(recording, gradients, self.loss_scale(recording.batch))
+            formed.append(gradients)
+        return partial(self._publish, recordings, formed)
+
+    def _publish(self, recordings: list[ModuleRecording], formed: list[Gradients]) -> None:
+        """Set `.grad_sample`, (B, *shape), and accumulate `.grad`, for every recorded parameter."""
+        batch = max(recording.batch for recording in recordings)
+        merges = any(recording.published or recording.merges for recording in recordings)
+        injected: list[tuple[Tensor, Tensor]] = []
+        for name, parameter in recordings[0].parameters.items():
+            total: Tensor | None = None
+            for gradients in formed:
+                part = gradients.formed(name)
+                if part is not None:
+                    total = part if total is None else _padded_sum(total, part)
+            if total is not None:
+                whole = total.sum(0) if len(total) else torch.zeros_like(parameter)
+                injected.append((parameter, (whole / self.loss_scale(max(1, batch))).to(parameter.dtype)))
+            else:
+                total = torch.zeros((), dtype=parameter.dtype, device=parameter.device).expand(batch, *parameter.shape)
+            _append(parameter, total, merges)
+        for recording in self._recording_state.alive:
+            recording.merges |= not recording.published and not any(recording is r for r in recordings)
+        for recording in recordings:
+            recording.published = True
+        backward.inject([p for p, _ in injected], [g for _, g in injected])
+        samples = [getattr(p, "grad_sample", None) for p in recordings[0].parameters.values()]
+        if not self.grad_accumulation_allowed and any(isinstance(s, list) and len(s) > 1 for s in samples):
+            raise ValueError(
+                "Poisson sampling is not compatible with grad accumulation. Call optimizer.step() after every "
+                "forward/backward pass, or use BatchMemoryManager"
+            )
+
+
+def receiver(recording: ModuleRecording, gradients: Gradients, scale: float) -> backward.Sink:
+    """A sink that hands output gradients, times `scale`, to the collectors."""
+    uses = recording.uses_by_call()
+
+    def sink(call: int, output: int, gradient: Tensor) -> None:
+        if not recording.batch:
+            return
+        if uses[call][0].axis is None:
+            if bool(gradient.any()):
+                raise ExampleAxisError(
+                    f"Gradient reaches {recording.tape.calls[call].name} (parameter {uses[call][0].name}) that did not "
+                    "when the examples' places were decided.",
+                    fix="return every tensor that the loss uses from the module, the examples on the batch axis",
+                )
+            return
+        recording.tape.calls[call].check_unchanged()
+        if scale != 1.0:
+            gradient = gradient * scale
+        for use in uses[call]:
+            gradients.receive(use, gradient)
+
+    return sink
+
+
+def plain_gradients(recordings: list[ModuleRecording]) -> Callable[[], None]:
+    """Ordinary gradients, summed over the examples: what autograd would give with the hooks off."""
+    gathered = []
+    for recording in recordings:
+        gradients = Gradients([recording], "two_pass", None)
+        recording.tape.sink = receiver(recording, gradients, 1.0)
+        gathered.append(gradients)
+
+    def publish() -> None:
+        for recording, gradients in zip(recordings, gathered, strict=True):
+            sums = {n: torch.zeros_like(p, requires_grad=False) for n, p in recording.parameters.items()}
+            ones = torch.ones(recording.batch, dtype=torch.float64, device=recording.device)
+            gradients.add_weighted_sum(ones, sums, ones == 0)
+            reached = [n for n in sums if n in gradients.collectors]
+            backward.inject([recording.parameters[n] for n in reached], [sums[n] for n in reached])
+
+    return publish
+
+
+def _is_opacus_own(kind: type, sampler: Callable[..., Any]) -> bool:
+    own = getattr(sampler, "__module__", "").startswith("opacus.grad_sample")
+    return own and kind.__module__.startswith(("torch.", "opacus."))
+
+
+def _make_ready(parameter: Any) -> None:
+    """Attributes that Opacus's optimizers expect, also on a parameter that became trainable after wrapping."""
+    if not hasattr(parameter, "grad_sample"):
+        parameter.grad_sample = None
+    if not hasattr(parameter, "_forward_counter"):
+        parameter._forward_counter = 0
+
+
+def _padded_sum(a: Tensor, b: Tensor) -> Tensor:
+    """Sum of per-example gradients by index; the shorter batch lacks the last examples."""
+    longer, shorter = (a, b) if len(a) >= len(b) else (b, a)
+    if len(longer) == len(shorter):
+        return longer + shorter
+    total = longer.clone()
+    total[: len(shorter)] += shorter
+    return total
+
+
+def _append(parameter: Any, gradients: Tensor, merges: bool) -> None:
+    """Set `.grad_sample`, make it a list of batches, or add to the last batch."""
+    before = parameter.grad_sample
+    if before is None:
+        parameter.grad_sample = gradients
+        return
+    entries = before if isinstance(before, list) else [before]
+    if merges and not hasattr(entries[-1], "_processed"):
+        entries = [*entries[:-1], _padded_sum(entries[-1], gradients)]
+    else:
+        entries = [*entries, gradients]
+    parameter.grad_sample = entries[0] if len(entries) == 1 else entries
+
+
+class GradSampleModule(GradSampleHooks, stock.GradSampleModule):
+    """Per-example gradients of any module, whatever its forward takes; see `opacus.GradSampleModule`.
+
+    After `loss.backward()` every trainable parameter has `.grad_sample`, shape (B, *parameter.shape): each example's
+    gradient of its own loss.
+
+    Raises (from backward):
+        CoupledExamplesError: an example's loss depends on another example, in the model or in the loss.
+        CaptureError: its other kinds, where the gradients could not be proved exact.
+    """
