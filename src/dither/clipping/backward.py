@@ -288,13 +288,16 @@ class Gradients:
         collector = self.collectors.get(name)
         return None if collector is None else collector.formed()
 
+    def squared_norms(self) -> dict[str, Tensor]:
+        """Squared norms (B,) of every parameter that a gradient arrived at."""
+        parts = {name: collector.squared_norm() for name, collector in self.collectors.items()}
+        return {name: part.clamp_min(0) for name, part in parts.items() if part is not None}
+
     def norms(self, widen: bool = True) -> Tensor:
         """Per-example norms over all parameters, (B,), float64; `widen`: do again those whose squares overflow."""
         squared = torch.zeros(self._batch, dtype=torch.float64, device=self._device)
-        for collector in self.collectors.values():
-            part = collector.squared_norm()
-            if part is not None:
-                squared += part.clamp_min(0)
+        for part in self.squared_norms().values():
+            squared += part
         if widen and not bool(torch.isfinite(squared).all()):
             self._widen(squared)
         return squared.sqrt()

@@ -18,6 +18,7 @@ from opacus.layers.dp_rnn import RNNLinear
 from torch import Tensor, nn
 
 from dither.clipping.backward import Gradients
+from dither.clipping.gradients import NotFormed
 from dither.errors import ExampleAxisError
 from dither.opacus import backward
 from dither.opacus.recording import ModuleRecording
@@ -114,14 +115,14 @@ class GradSampleHooks(stock.GradSampleHooks):
         norm = getattr(self, "NORM_SAMPLERS", {}).get(kind)
         return any(f is not None and not _is_opacus_own(kind, f) for f in (sampler, norm))
 
+    def kept_parameters(self) -> list[Any]:
+        """The trainable parameters in the care of a registered sampler."""
+        layers = [module for module in self._module.modules() if self._keeps_sampler(module)]
+        return [p for layer in layers for p in layer.parameters(recurse=False) if p.requires_grad]
+
     def _to_record(self) -> dict[str, Tensor]:
         """The parameters to record: trainable now, and not in the care of a registered sampler."""
-        kept = {
-            id(p)
-            for module in self._module.modules()
-            if self._keeps_sampler(module)
-            for p in module.parameters(recurse=False)
-        }
+        kept = {id(p) for p in self.kept_parameters()}
         found: dict[str, Tensor] = {}
         for name, parameter in self._module.named_parameters():
             if parameter.requires_grad:
@@ -209,8 +210,8 @@ class GradSampleHooks(stock.GradSampleHooks):
             )
 
 
-def receiver(recording: ModuleRecording, gradients: Gradients, scale: float) -> backward.Sink:
-    """A sink that hands output gradients, times `scale`, to the collectors."""
+def receiver(recording: ModuleRecording, gradients: Gradients, scale: float, forget: bool = False) -> backward.Sink:
+    """A sink that hands output gradients, times `scale`, to the collectors; `forget`: which keep norms only."""
     uses = recording.uses_by_call()
 
     def sink(call: int, output: int, gradient: Tensor) -> None:
@@ -229,6 +230,9 @@ def receiver(recording: ModuleRecording, gradients: Gradients, scale: float) -> 
             gradient = gradient * scale
         for use in uses[call]:
             gradients.receive(use, gradient)
+            collector = gradients.collectors.get(use.name)
+            if forget and isinstance(collector, NotFormed):
+                collector.forget()
 
     return sink
 

@@ -65,6 +65,7 @@ class ModuleRecording(Recorded):
         super().__init__(model, parameters)
         self._batch_first = batch_first
         self.known: dict[int, ExampleAxis] = {}
+        self.sizes: set[int] = set()
         self.published = False
         self.merges = False
         self.hooks: Callable[[], Any] = lambda: None
@@ -102,6 +103,7 @@ class ModuleRecording(Recorded):
             [t.shape[self.axis_of(t.dim())] for t in tensors if t.dim() > self.axis_of(t.dim())]
             for tensors in (given, returned)
         )
+        self.sizes = {int(size) for size in sizes}
         for size in sizes:
             if size in outputs:
                 return int(size)

@@ -1,0 +1,156 @@
+"""One backward pass of flash clipping: norms, clip factors, weighted sums, into `.grad`. Legend: B examples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dither.capture.coverage import Seed, check_loss
+from dither.capture.examples import ExampleAxis
+from dither.clipping.backward import Gradients
+from dither.clipping.gradients import NotFormed
+from dither.errors import CoverageError, LossShapeError
+from dither.opacus import backward
+from dither.opacus.graph import reach
+from dither.opacus.recording import ModuleRecording, decide
+
+
+def clipped_backward(hooks: Any, optimizer: Any, losses: Tensor) -> None:
+    """Add the sum over examples of clipped gradients to `.grad` of every parameter of the module.
+
+    Args:
+        hooks: a `GradSampleHooksFastGradientClipping`.
+        optimizer: the `DPOptimizerFastGradientClipping` that takes the gradients.
+        losses: (B,), with their graph.
+
+    Raises:
+        LossShapeError: the losses are not one number per example of the module's batch.
+        CaptureError: its kinds, where the sum could not be proved exact.
+    """
+    losses = check_loss(losses)
+    reached = reach([losses])
+    owners = backward.owners_of(reached)
+    mine = owners.pop(hooks, [])
+    _check(mine, losses, hooks)
+    if not optimizer.accumulates():
+        optimizer.zero_grad()
+    batch = int(losses.shape[0])
+    with backward.session(reached):
+        with backward.quiet(reached):
+            seed = Seed.of(losses, ExampleAxis(0, 1, batch, 1)) if batch else None
+            decide(reached, [losses], seed, False)
+        publish = [owner.prepare_backward(recordings) for owner, recordings in owners.items()]
+        sums = _clipped_sums(hooks, mine, losses, reached.leaves)
+        parameters = mine[0].parameters
+        backward.inject([parameters[n] for n in sums], list(sums.values()))
+        for each in publish:
+            each()
+    for recording in mine:
+        recording.published = True
+    optimizer.received()
+
+
+def _check(recordings: Sequence[ModuleRecording], losses: Tensor, hooks: Any) -> None:
+    if not recordings:
+        raise CoverageError(
+            "The loss does not depend on a recorded forward of the private module.",
+            fix="call the wrapped module in train mode with gradients enabled, then the loss on its output",
+        )
+    if any(recording.published for recording in recordings):
+        raise CoverageError(
+            "A second backward pass runs over the same forward: each example would be clipped twice.",
+            fix="add the losses and call backward once: (loss_a + loss_b).backward()",
+        )
+    for recording in recordings:
+        if losses.shape[0] in recording.sizes:
+            recording.batch = int(losses.shape[0])
+        elif losses.shape[0] != recording.batch:
+            raise LossShapeError(
+                f"The loss has {losses.shape[0]} entries, shape {tuple(losses.shape)}; the module's batch has "
+                f"{recording.batch} examples.",
+                fix="reduce the loss to one number per example: give the loss object shape=logits.shape if it is per "
+                "token, or\n    loss = criterion(...)  # (B, ...), unreduced\n    return loss.flatten(1).mean(1)",
+            )
+
+
+def _clipped_sums(
+    hooks: Any, recordings: Sequence[ModuleRecording], losses: Tensor, leaves: Sequence[Tensor]
+) -> dict[str, Tensor]:
+    """By name, the sum over examples of clipped gradients."""
+    parameters, kept = recordings[0].parameters, hooks.kept_parameters()
+    sums = {n: torch.zeros_like(p, requires_grad=False) for n, p in parameters.items()}
+    # The loss is sent back as the user's reduction has it, for the sake of whatever else it reaches.
+    scale = hooks.loss_scale(max(1, len(losses)))
+    again = bool(kept) or hooks.strategy == "two_pass"
+    gradients = hooks.collect(recordings, forget=hooks.strategy == "two_pass")
+    with _restored(kept):
+        backward.send(losses, torch.full_like(losses, 1.0 / scale), again)
+    with torch.no_grad():
+        norms = hooks.set_norms(recordings[0], gradients, scale)
+        dropped = ~torch.isfinite(norms)
+        factors = torch.where(dropped, 0.0, (hooks.max_grad_norm / (norms + 1e-6)).clamp(max=1.0))
+    if again:
+        with hooks.quiet_hooks(), _restored([leaf for leaf in leaves if not any(leaf is p for p in kept)]):
+            gradients = _second_pass(hooks, recordings, losses, factors, dropped, gradients, sums) or gradients
+    if not (hooks.strategy == "two_pass" and bool(dropped.any())):
+        factors = factors * scale
+    with torch.no_grad():
+        gradients.add_weighted_sum(factors, sums, dropped)
+    return sums
+
+
+def _second_pass(
+    hooks: Any,
+    recordings: Sequence[ModuleRecording],
+    losses: Tensor,
+    factors: Tensor,
+    dropped: Tensor,
+    first: Gradients,
+    sums: dict[str, Tensor],
+) -> Gradients | None:
+    """Send the weighted losses back: for layers with registered samplers, and for gradients that were not kept.
+
+    Returns:
+        New collectors, if examples were dropped: their gradients must be left out, not multiplied by zero.
+    """
+    if bool(dropped.any()):
+        if hooks.kept_parameters():
+            raise CoverageError(
+                "An example's gradient is not finite, and a layer has a registered grad sampler.",
+                fix="remove the example, or the registered sampler: then the example is left out by itself",
+            )
+        again: Gradients = hooks.collect(recordings, strategy="tile")
+        backward.send(losses, torch.ones_like(losses), False)
+        return again
+    for recording in recordings:
+        recording.tape.sink = _adding(recording, first, sums) if hooks.strategy == "two_pass" else backward.ignore
+    backward.send(losses, factors.to(losses.dtype), False)
+    return None
+
+
+def _adding(recording: ModuleRecording, gradients: Gradients, sums: dict[str, Tensor]) -> backward.Sink:
+    """A sink that adds up the gradients, weighted already, of what the first pass did not keep."""
+    uses = recording.uses_by_call()
+    ones = torch.ones(recording.batch, dtype=torch.float64, device=recording.device)
+
+    def sink(call: int, output: int, gradient: Tensor) -> None:
+        for use in uses[call]:
+            if use.axis is not None and isinstance(gradients.collectors.get(use.name), NotFormed):
+                use.rule.add_weighted_sum(use, gradient, ones, sums[use.name])
+
+    return sink
+
+
+@contextmanager
+def _restored(leaves: Sequence[Tensor]) -> Iterator[None]:
+    """Leaves' `.grad` is afterwards what it was."""
+    before = [leaf.grad for leaf in leaves]
+    for leaf in leaves:
+        leaf.grad = None
+    yield
+    for leaf, gradient in zip(leaves, before, strict=True):
+        leaf.grad = gradient

@@ -1,0 +1,124 @@
+"""`install()`: code that imports from `opacus` gets this package's classes, whatever was imported first.
+
+Two things are done, both undone by `uninstall()`. Every name in every loaded module that stands for a replaced object
+of Opacus's is bound to the replacement. And calling a replaced class gives an instance of the replacement, for
+references that no module holds, such as a name inside a running function.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from types import ModuleType, TracebackType
+from typing import Any
+
+import opacus.grad_sample.utils as stock_grad_sample
+import opacus.optimizers as stock_optimizers
+from opacus import PrivacyEngine as _StockPrivacyEngine
+from opacus.utils import fast_gradient_clipping_utils as stock_loss
+
+from dither.opacus import choose, loss, privacy_engine
+
+CLASSES: dict[type, type] = {
+    **choose.REPLACED,
+    _StockPrivacyEngine: privacy_engine.PrivacyEngine,
+    stock_loss.DPLossFastGradientClipping: loss.DPLossFastGradientClipping,
+    stock_loss.DPTensorFastGradientClipping: loss.DPTensorFastGradientClipping,
+}
+"""Opacus's classes and the subclasses that replace them."""
+
+FUNCTIONS: dict[Callable[..., Any], Callable[..., Any]] = {
+    stock_grad_sample.get_gsm_class: choose.get_gsm_class,
+    stock_grad_sample.get_hooks_class: choose.get_hooks_class,
+    stock_grad_sample.prepare_module: choose.prepare_module,
+    stock_grad_sample.wrap_model: choose.wrap_model,
+    stock_optimizers.get_optimizer_class: choose.get_optimizer_class,
+}
+"""Opacus's functions and what replaces them."""
+
+_REPLACEMENTS: dict[Any, Any] = {**CLASSES, **FUNCTIONS}
+
+_LATE = (
+    "opacus.lightning",
+    "opacus.schedulers",
+    "opacus.utils.per_sample_gradients_utils",
+)
+"""Modules of Opacus's that nothing else of it imports: loaded first, so that their names are bound too."""
+
+_state = {"installed": False}
+
+
+class Installation:
+    """What `install` returns: a context manager that uninstalls at its end."""
+
+    def __enter__(self) -> Installation:
+        """The installation itself."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        """Uninstall."""
+        uninstall()
+
+
+def install() -> Installation:
+    """Let code that imports from `opacus` get the classes of `dither.opacus`, until `uninstall()`.
+
+    Works whatever was imported first, in this process only. Installing twice is the same as once. Models that are
+    wrapped already stay as they are.
+
+    Returns:
+        A context manager: `with dither.opacus.install(): ...` uninstalls at the end.
+    """
+    if not installed():
+        for name in _LATE:
+            try:
+                importlib.import_module(name)
+            except ImportError:  # an optional dependency of Opacus's, or another version of it
+                continue
+        _state["installed"] = True
+        _rebind(_REPLACEMENTS)
+        for stock, ours in CLASSES.items():
+            _redirect(stock, ours)
+    return Installation()
+
+
+def uninstall() -> None:
+    """Undo `install()`: `opacus` is what it was. Models that were wrapped in between stay as they are."""
+    if installed():
+        _state["installed"] = False
+        _rebind({ours: stock for stock, ours in _REPLACEMENTS.items()})
+
+
+def installed() -> bool:
+    """Whether `opacus` has the classes of `dither.opacus` now."""
+    return _state["installed"]
+
+
+def _rebind(replacements: Mapping[Any, Any]) -> None:
+    by_id = {id(old): new for old, new in replacements.items()}
+    for module in _modules():
+        for name, value in list(vars(module).items()):
+            new = by_id.get(id(value))
+            if new is not None:
+                setattr(module, name, new)
+
+
+def _modules() -> Iterator[ModuleType]:
+    """Every loaded module but this package's own."""
+    for name, module in list(sys.modules.items()):
+        if isinstance(module, ModuleType) and name.partition(".")[0] != "dither":
+            yield module
+
+
+def _redirect(stock: Any, ours: type) -> None:
+    """While installed, calling a class of Opacus's makes an instance of its replacement."""
+    if "__new__" in vars(stock):  # from an earlier installation: Python cannot take it away again
+        return
+
+    def new(kind: type, *args: Any, **kwargs: Any) -> Any:
+        # Without arguments it is a copy or an unpickling, whose class is settled.
+        redirected = kind is stock and installed() and bool(args or kwargs)
+        return object.__new__(ours if redirected else kind)
+
+    stock.__new__ = new

@@ -1,0 +1,182 @@
+"""Opacus's `DPLossFastGradientClipping`: a criterion whose value, sent back, gives clipped gradients.
+
+Legend: B examples.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from opacus.utils import fast_gradient_clipping_utils as stock
+from torch import Tensor, nn
+
+from dither.errors import ConfigurationError, LossShapeError
+from dither.opacus.clipped_backward import clipped_backward
+
+_StockTensor = stock.DPTensorFastGradientClipping
+
+
+class DPTensorFastGradientClipping(stock.DPTensorFastGradientClipping):
+    """One loss per example, shape (B,); `backward` puts the sum of clipped gradients into every `.grad`.
+
+    Scaled and added like a number: `loss / 4`, `loss_a + 0.1 * loss_b`, `sum(losses)`.
+    """
+
+    def backward(self) -> None:
+        """Clipped gradients, summed over the examples, added to `.grad`; one backward pass.
+
+        Guarantee: adding or removing one example changes the sum by at most the module's max_grad_norm in L2 norm.
+        The sum has no noise until `optimizer.step()`.
+
+        Raises:
+            LossShapeError: the loss is not one number per example of the module's batch.
+            CoupledExamplesError: an example's loss depends on another example.
+            CaptureError: its other kinds.
+        """
+        clipped_backward(self.module, self.optimizer, self.loss_per_sample)
+
+    def __float__(self) -> float:
+        """The reduced loss. Not private."""
+        return float(self.item())
+
+    def __format__(self, spec: str) -> str:
+        """The reduced loss, formatted as a number."""
+        return format(self.item(), spec) if spec else str(self)
+
+    def _with(self, losses: Tensor) -> Any:
+        return type(self)(self.module, self.optimizer, losses, self.loss_reduction)
+
+    def _other(self, other: Any) -> Any:
+        """The per-example losses of another loss object, or the number."""
+        if not isinstance(other, _StockTensor):
+            return other
+        if other.loss_reduction != self.loss_reduction:
+            raise ValueError(
+                f"Cannot combine losses with different reductions: {self.loss_reduction} and {other.loss_reduction}"
+            )
+        if other.module is not self.module:
+            raise ConfigurationError(
+                "Losses of two different private modules are combined.",
+                fix="call backward on each; each module's examples are clipped by themselves",
+            )
+        return other.loss_per_sample
+
+    def __truediv__(self, other: Any) -> Any:
+        """Loss / number."""
+        return self._with(self.loss_per_sample / other)
+
+    def __mul__(self, other: Any) -> Any:
+        """Loss * number."""
+        return self._with(self.loss_per_sample * other)
+
+    __rmul__ = __mul__
+
+    def __add__(self, other: Any) -> Any:
+        """Loss + loss, or loss + number."""
+        return self._with(self.loss_per_sample + self._other(other))
+
+    __radd__ = __add__
+
+    def __sub__(self, other: Any) -> Any:
+        """Loss - loss, or loss - number."""
+        return self._with(self.loss_per_sample - self._other(other))
+
+    def __rsub__(self, other: Any) -> Any:
+        """Number - loss."""
+        return self._with(self._other(other) - self.loss_per_sample)
+
+    def __neg__(self) -> Any:
+        """-loss."""
+        return self._with(-self.loss_per_sample)
+
+
+class DPLossFastGradientClipping(stock.DPLossFastGradientClipping):
+    """A criterion for flash clipping; see `opacus.utils.fast_gradient_clipping_utils.DPLossFastGradientClipping`.
+
+    Args (of Opacus's constructor):
+        module: the wrapped module.
+        optimizer: the `DPOptimizerFastGradientClipping`.
+        criterion: a loss object, a function with a `reduction` argument, or a function that returns one number per
+            example, shape (B,). The first two may return any shape (B, ...): it is reduced per example.
+        loss_reduction: "mean" or "sum", over an example's entries and, for `item()`, over the examples.
+
+    Raises:
+        LossShapeError: on a call, if the criterion does not give one number per example.
+    """
+
+    def __call__(self, *args: Any, shape: Any = None, **kwargs: Any) -> Any:
+        """The loss of a batch.
+
+        Args:
+            args: of the criterion.
+            shape: for a loss of flattened tokens, the shape (B, T, ...) of the predictions before flattening.
+            kwargs: of the criterion.
+        """
+        losses, reduces = _unreduced(self.criterion, args, kwargs)
+        losses = _per_example(losses, reduces, self, args, kwargs, shape)
+        return DPTensorFastGradientClipping(self.module, self.optimizer, losses, self.loss_reduction)
+
+
+def _unreduced(criterion: Any, args: Any, kwargs: Any) -> tuple[Any, bool]:
+    """The criterion's value without reduction, and whether it is known to be a loss with one."""
+    if not isinstance(criterion, nn.Module) and "reduction" in _arguments(criterion):
+        return criterion(*args, **{**kwargs, "reduction": "none"}), True
+    before = criterion.reduction
+    criterion.reduction = "none"
+    try:
+        return criterion(*args, **kwargs), isinstance(criterion, nn.Module)
+    finally:
+        criterion.reduction = before
+
+
+def _arguments(function: Callable[..., Any]) -> set[str]:
+    try:
+        return set(inspect.signature(function).parameters)
+    except (TypeError, ValueError):
+        return set()
+
+
+def _per_example(losses: Any, reduces: bool, loss: Any, args: Any, kwargs: Any, shape: Any) -> Tensor:
+    """Reduce an example's own entries.
+
+    Raises:
+        LossShapeError: there is no axis of examples, or the criterion is a plain function and there are several axes.
+    """
+    if not isinstance(losses, Tensor) or losses.dim() == 0:
+        raise _not_per_example(losses)
+    entries: Tensor = losses
+    counted = _counted(entries, loss.criterion, args, kwargs)
+    if shape is not None and entries.shape[0] == shape[0] * shape[1]:
+        entries = entries.reshape(shape[0], -1)
+        counted = None if counted is None else counted.reshape(shape[0], -1)
+    elif entries.numel() == entries.shape[0]:
+        return entries.reshape(-1)
+    elif not reduces:
+        raise _not_per_example(losses)
+    total: Tensor = entries.flatten(1).sum(1)
+    if loss.loss_reduction == "sum":
+        return total
+    number = entries[:1].numel() if counted is None else counted.flatten(1).sum(1).clamp(min=1)
+    return total / number
+
+
+def _counted(losses: Tensor, criterion: Any, args: Any, kwargs: Any) -> Tensor | None:
+    """Which entries count in a mean: those whose target is not the criterion's ignore_index."""
+    ignored = getattr(criterion, "ignore_index", None)
+    target = kwargs.get("target", args[1] if len(args) > 1 else None)
+    if ignored is None or not isinstance(target, Tensor) or target.shape != losses.shape:
+        return None
+    counted: Tensor = target != ignored
+    return counted
+
+
+def _not_per_example(losses: Any) -> LossShapeError:
+    got = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
+    return LossShapeError(
+        f"The criterion must return one loss per example, shape (B,); it returned {got}.",
+        fix="two lines in the criterion:\n"
+        "    loss = F.mse_loss(prediction, target, reduction='none')\n"
+        "    return loss.flatten(1).mean(1)",
+    )
