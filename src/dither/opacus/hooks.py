@@ -14,6 +14,7 @@ from typing import Any
 
 import opacus.grad_sample as stock
 import torch
+from opacus.grad_sample.functorch import prepare_layer
 from opacus.layers.dp_rnn import RNNLinear
 from torch import Tensor, nn
 
@@ -72,6 +73,8 @@ class GradSampleHooks(stock.GradSampleHooks):
         handles: list[Any] = []
         self._module.autograd_grad_sample_hooks = self.autograd_grad_sample_hooks = handles
         for module in self._module.modules():
+            if force_functorch and self._keeps_sampler(module):
+                prepare_layer(module, batch_first=batch_first)  # copies the module, so before it has hooks
             handles.append(module.register_forward_pre_hook(self._before_forward, with_kwargs=True))
             handles.append(module.register_forward_hook(self._after_forward, with_kwargs=True, always_call=True))
             if self._keeps_sampler(module):

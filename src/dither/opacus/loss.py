@@ -149,8 +149,8 @@ def _per_example(losses: Any, reduces: bool, loss: Any, args: Any, kwargs: Any, 
     entries: Tensor = losses
     counted = _counted(entries, loss.criterion, args, kwargs)
     if shape is not None and entries.shape[0] == shape[0] * shape[1]:
-        entries = entries.reshape(shape[0], -1)
-        counted = None if counted is None else counted.reshape(shape[0], -1)
+        entries = entries.unflatten(0, (shape[0], shape[1]))
+        counted = None if counted is None else counted.unflatten(0, (shape[0], shape[1]))
     elif entries.numel() == entries.shape[0]:
         return entries.reshape(-1)
     elif not reduces:

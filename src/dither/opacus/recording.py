@@ -89,6 +89,18 @@ class ModuleRecording(Recorded):
             if tensor.requires_grad and tensor.grad_fn is not None and self._is_batched(tensor):
                 mark(tensor, self)
 
+    def explained(self, error: CoupledExamplesError) -> CoupledExamplesError:
+        """The same refusal; where inputs and outputs differ in their batch axis, with what that may mean."""
+        if len(self.sizes) < 2:
+            return error
+        axis = 0 if self._batch_first else 1
+        return CoupledExamplesError(
+            f"{error.what}\n  Inputs and outputs of the module have sizes {sorted(self.sizes)} on axis {axis}, where "
+            f"batch_first={self._batch_first} says that the examples lie; {self.batch} was taken.",
+            fix=f"if the module takes time-first input, wrap it with batch_first={not self._batch_first}; otherwise "
+            + error.fix,
+        )
+
     def axis_of(self, dimensions: int) -> int:
         """Where an input or output of so many axes has its examples, as the user declared."""
         return 0 if self._batch_first or dimensions < 2 else 1
@@ -159,7 +171,10 @@ def decide(reached: Reached, roots: Sequence[Tensor], losses: Seed | None, verif
         seeds = [losses] if losses is not None else _frontier_seeds(reached)
     for recording in recordings:
         probe = _probe(recording, reached, seeds) if recording in anew else _never
-        recording.decide(probe, recording.known, reached.structure)
+        try:
+            recording.decide(probe, recording.known, reached.structure)
+        except CoupledExamplesError as error:
+            raise recording.explained(error) from error
     if losses is None and verify_loss and any(r.batch > 1 for r in anew):
         _prove_separable(roots, seeds)
 

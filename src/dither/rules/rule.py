@@ -6,6 +6,7 @@ P the parameter's number of elements.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -68,9 +69,14 @@ class Rule:
         return Cost(0.0, 0.0, 0.0)
 
 
+def _rows(gradients: Tensor) -> Tensor:
+    """(B, *shape) to (B, P), also if there are no examples."""
+    return gradients.reshape(gradients.shape[0], math.prod(gradients.shape[1:]))
+
+
 def squared_rows(gradients: Tensor) -> Tensor:
     """Squared norm of each example's gradient: (B, *shape) to (B,), in float32 or wider."""
-    flat = gradients.reshape(gradients.shape[0], -1)
+    flat = _rows(gradients)
     wide = torch.promote_types(flat.dtype, torch.float32)
     if flat.is_complex():
         flat = torch.view_as_real(flat).flatten(1)
@@ -81,7 +87,7 @@ def squared_rows(gradients: Tensor) -> Tensor:
 
 def add_weighted(gradients: Tensor, weights: Tensor, into: Tensor) -> None:
     """Add sum_i weights[i] * gradients[i] to `into` in place; `gradients` has shape (B, *into.shape)."""
-    flat = gradients.reshape(gradients.shape[0], -1)
+    flat = _rows(gradients)
     weights = weights.to(flat.dtype)
     if into.is_contiguous() and into.dtype == flat.dtype:
         into.view(-1).addmv_(flat.T, weights)
