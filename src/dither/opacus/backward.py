@@ -2,7 +2,7 @@
 
 While a recorded module is alive, `torch.autograd.backward` is wrapped: before a pass over recorded forwards the places
 of the examples are decided and coupling is ruled out; after it the recordings' owners publish what arrived. A pass over
-anything else runs as it always did.
+anything else runs as it always did. `torch.autograd.grad` is wrapped too, to refuse what it could not find.
 """
 
 from __future__ import annotations
@@ -45,22 +45,22 @@ class _Local(threading.local):
 
 _local = _Local()
 _owners: weakref.WeakSet[Any] = weakref.WeakSet()
-_unwrapped: list[Callable[..., None]] = []
+_unwrapped: dict[str, Callable[..., Any]] = {}
 
 
 def attach(owner: Any) -> None:
-    """Wrap `torch.autograd.backward`, if it is not yet."""
+    """Wrap autograd's two functions, if they are not yet."""
     _owners.add(owner)
     if not _unwrapped:
-        _unwrapped.append(torch.autograd.backward)
-        torch.autograd.backward = _backward
+        _unwrapped.update(backward=torch.autograd.backward, grad=torch.autograd.grad)
+        torch.autograd.backward, torch.autograd.grad = _backward, _grad
 
 
 def detach(owner: Any) -> None:
-    """Forget an owner; with the last one `torch.autograd.backward` is what it was."""
+    """Forget an owner; with the last one autograd's functions are what they were."""
     _owners.discard(owner)
-    if not _owners and torch.autograd.backward is _backward:
-        torch.autograd.backward = _unwrapped.pop()
+    if not _owners and torch.autograd.backward is _backward and torch.autograd.grad is _grad:
+        torch.autograd.backward, torch.autograd.grad = _unwrapped.pop("backward"), _unwrapped.pop("grad")
 
 
 def _backward(
@@ -74,7 +74,7 @@ def _backward(
     """Sum of gradients of the tensors with respect to leaves; see `torch.autograd.backward`."""
 
     def run() -> None:
-        _unwrapped[0](tensors, grad_tensors, retain_graph, create_graph, grad_variables, inputs)
+        _unwrapped["backward"](tensors, grad_tensors, retain_graph, create_graph, grad_variables, inputs)
 
     roots = [tensors] if isinstance(tensors, Tensor) else list(tensors) if isinstance(tensors, (list, tuple)) else []
     if _local.busy or not roots or not all(isinstance(root, Tensor) for root in roots):
@@ -96,6 +96,20 @@ def _backward(
         for each in publish:
             each()
     return None
+
+
+def _grad(outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+    """Sum of gradients of the outputs with respect to the inputs; see `torch.autograd.grad`."""
+    wanted = [inputs] if isinstance(inputs, Tensor) else list(inputs)
+    if not _local.busy and any(hasattr(t, "_forward_counter") for t in wanted):
+        roots = [outputs] if isinstance(outputs, Tensor) else [t for t in outputs if isinstance(t, Tensor)]
+        recorded = {id(p) for recording in reach(roots).owners for p in recording.parameters.values()}
+        if any(id(t) in recorded for t in wanted):
+            raise CoverageError(
+                "torch.autograd.grad asks for the gradient of a recorded parameter, which only backward() delivers.",
+                fix="call module.disable_hooks() (or module.eval()) before that forward, or use loss.backward()",
+            )
+    return _unwrapped["grad"](outputs, inputs, *args, **kwargs)
 
 
 def owners_of(reached: Reached) -> dict[Any, list[ModuleRecording]]:
@@ -146,12 +160,12 @@ def quiet(reached: Reached) -> Iterator[None]:
 def inject(parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
     """Give gradients to parameters as a backward pass does: accumulated, and with every hook run."""
     if parameters:
-        _unwrapped[0](list(parameters), list(gradients))
+        _unwrapped["backward"](list(parameters), list(gradients))
 
 
 def send(losses: Tensor, weights: Tensor, retain_graph: bool, inputs: Any = None) -> None:
     """One plain backward pass inside a session."""
-    _unwrapped[0](losses, weights, retain_graph, inputs=inputs)
+    _unwrapped["backward"](losses, weights, retain_graph, inputs=inputs)
 
 
 def per_example(losses: Tensor) -> Seed:

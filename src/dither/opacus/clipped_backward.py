@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -14,7 +16,7 @@ from dither.capture.examples import ExampleAxis
 from dither.clipping.backward import Gradients
 from dither.clipping.gradients import NotFormed
 from dither.errors import CoverageError, LossShapeError
-from dither.opacus import backward
+from dither.opacus import backward, provenance
 from dither.opacus.graph import reach
 from dither.opacus.recording import ModuleRecording, decide
 
@@ -36,22 +38,41 @@ def clipped_backward(hooks: Any, optimizer: Any, losses: Tensor) -> None:
     owners = backward.owners_of(reached)
     mine = owners.pop(hooks, [])
     _check(mine, losses, hooks)
-    if not optimizer.accumulates():
+    waiting = provenance.clipped_sums(optimizer.params)
+    if not waiting:
         optimizer.zero_grad()
+    elif not hooks.grad_accumulation_allowed:
+        raise ValueError(
+            "Poisson sampling is not compatible with grad accumulation. Call optimizer.step() after every "
+            "forward/backward pass, or use BatchMemoryManager"
+        )
+    bound = _bound(hooks, optimizer)
     batch = int(losses.shape[0])
     with backward.session(reached):
         with backward.quiet(reached):
             seed = Seed.of(losses, ExampleAxis(0, 1, batch, 1)) if batch else None
             decide(reached, [losses], seed, False)
         publish = [owner.prepare_backward(recordings) for owner, recordings in owners.items()]
-        sums = _clipped_sums(hooks, mine, losses, reached.leaves)
+        sums = _clipped_sums(hooks, mine, losses, bound, reached.leaves)
         parameters = mine[0].parameters
         backward.inject([parameters[n] for n in sums], list(sums.values()))
         for each in publish:
             each()
     for recording in mine:
         recording.published = True
-    optimizer.received()
+    provenance.clipped([*parameters.values(), *hooks.kept_parameters()])
+
+
+def _bound(hooks: Any, optimizer: Any) -> float:
+    """The bound to clip at: the module's, or the optimizer's if that is smaller, since the noise is scaled by it."""
+    module, noise = float(hooks.max_grad_norm), float(optimizer.max_grad_norm)
+    if not math.isclose(module, noise, rel_tol=1e-6):
+        warnings.warn(
+            f"The module's max_grad_norm is {module:g}, the optimizer's {noise:g}: clipping at {min(module, noise):g}. "
+            "Give both the same.",
+            stacklevel=4,
+        )
+    return min(module, noise)
 
 
 def _check(recordings: Sequence[ModuleRecording], losses: Tensor, hooks: Any) -> None:
@@ -78,7 +99,7 @@ def _check(recordings: Sequence[ModuleRecording], losses: Tensor, hooks: Any) ->
 
 
 def _clipped_sums(
-    hooks: Any, recordings: Sequence[ModuleRecording], losses: Tensor, leaves: Sequence[Tensor]
+    hooks: Any, recordings: Sequence[ModuleRecording], losses: Tensor, bound: float, leaves: Sequence[Tensor]
 ) -> dict[str, Tensor]:
     """By name, the sum over examples of clipped gradients."""
     parameters, kept = recordings[0].parameters, hooks.kept_parameters()
@@ -92,7 +113,7 @@ def _clipped_sums(
     with torch.no_grad():
         norms = hooks.set_norms(recordings[0], gradients, scale)
         dropped = ~torch.isfinite(norms)
-        factors = torch.where(dropped, 0.0, (hooks.max_grad_norm / (norms + 1e-6)).clamp(max=1.0))
+        factors = torch.where(dropped, 0.0, (bound / (norms + 1e-6)).clamp(max=1.0))
     if again:
         with hooks.quiet_hooks(), _restored([leaf for leaf in leaves if not any(leaf is p for p in kept)]):
             gradients = _second_pass(hooks, recordings, losses, factors, dropped, gradients, sums) or gradients

@@ -19,11 +19,12 @@ from dither.clipping.backward import Gradients
 from dither.clipping.clipped_sum import free_memory
 from dither.clipping.plan import Plan, check_strategy
 from dither.errors import CoverageError
-from dither.opacus import backward
+from dither.opacus import backward, provenance
 from dither.opacus.hooks import GradSampleHooks, plain_gradients, receiver
 from dither.opacus.recording import ModuleRecording
 
 _stock_init = stock.GradSampleHooksFastGradientClipping.__init__
+_stock_zero_grad = stock.AbstractGradSampleModule.zero_grad
 _stock_module_init = stock.GradSampleModuleFastGradientClipping.__init__
 
 
@@ -39,7 +40,15 @@ class GradSampleHooksFastGradientClipping(GradSampleHooks, stock.GradSampleHooks
     def prepare_backward(self, recordings: list[ModuleRecording]) -> Callable[[], None]:
         """For a loss that is sent back by hand: norms and ordinary gradients; with hooks disabled, only the latter."""
         if not self.hooks_enabled:
-            return plain_gradients(recordings)
+            publish = plain_gradients(recordings)
+            normed = all(recording.published for recording in recordings)
+            mark = provenance.weighted if normed else provenance.unclipped
+
+            def publish_and_mark() -> None:
+                publish()
+                mark(recordings[0].parameters.values())
+
+            return publish_and_mark
         gradients = self.collect(recordings, self.loss_scale(recordings[0].batch))
         return partial(self._publish_norms, recordings, gradients)
 
@@ -71,6 +80,7 @@ class GradSampleHooksFastGradientClipping(GradSampleHooks, stock.GradSampleHooks
         sums = {n: torch.zeros_like(p, requires_grad=False) for n, p in recordings[0].parameters.items()}
         gradients.add_weighted_sum(weights.to(recordings[0].device), sums, weights == 0)
         backward.inject([recordings[0].parameters[n] for n in sums], list(sums.values()))
+        provenance.unclipped(recordings[0].parameters.values())
         for recording in recordings:
             recording.published = True
 
@@ -133,6 +143,11 @@ class GradSampleModuleFastGradientClipping(
     ) -> None:
         _stock_module_init(self, m, **options)
         configure(self, strategy, memory_budget)
+
+    def zero_grad(self, set_to_none: bool = False) -> None:
+        """Clear `.grad` and `.grad_sample`."""
+        _stock_zero_grad(self, set_to_none)
+        provenance.forget(self.parameters())
 
 
 def configure(hooks: Any, strategy: str, memory_budget: float | None) -> None:

@@ -16,6 +16,7 @@ from opacus.optimizers.ddpoptimizer_fast_gradient_clipping import (
 )
 from torch import Tensor
 
+from dither.opacus import provenance
 from dither.rules.rule import add_weighted, squared_rows
 
 _stock_accumulate = stock.DPOptimizerFastGradientClipping.accumulate
@@ -68,26 +69,32 @@ class SimpleDistributedPerLayerOptimizer(DPPerLayerOptimizer, DistributedDPOptim
 class DPOptimizerFastGradientClipping(stock.DPOptimizerFastGradientClipping):
     """Adds noise to gradients that flash clipping summed; see `opacus.optimizers.DPOptimizerFastGradientClipping`."""
 
-    def accumulates(self) -> bool:
-        """Whether a clipped sum of an earlier backward pass waits for `step`."""
-        return bool(getattr(self, "_waiting", False))
+    _batches = 1
 
-    def received(self) -> None:
-        """A clipped sum arrived in `.grad`."""
-        self._waiting = True
+    @property
+    def accumulated_iterations(self) -> int:
+        """Number of batches whose clipped sums the next step, or the one under way, takes."""
+        return max(1, provenance.clipped_sums(self.params), self._batches)
 
     def accumulate(self) -> None:
-        """Take the clipped sums from `.grad`."""
+        """Take the clipped sums from `.grad`.
+
+        Raises:
+            CoverageError: a gradient was not clipped.
+        """
+        provenance.check(self.params)
+        self._batches = max(1, provenance.clipped_sums(self.params))
         for parameter in self.params:
             if not hasattr(parameter, "summed_grad"):
                 parameter.summed_grad = None
         _stock_accumulate(self)
-        self._waiting = False
+        provenance.forget(self.params)
 
     def zero_grad(self, set_to_none: bool = False) -> None:
         """Clear `.grad`, and `summed_grad` unless a skipped step holds it."""
         _stock_fast_zero_grad(self, set_to_none)
-        self._waiting = False
+        provenance.forget(self.params)
+        self._batches = 1
 
 
 class DistributedDPOptimizerFastGradientClipping(DPOptimizerFastGradientClipping, _StockDistributedFast):

@@ -1,0 +1,258 @@
+"""Standard mode: `.grad_sample` of shape (B, *shape) after an ordinary `loss.backward()`."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import opacus
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import oracle
+from dither import errors
+from dither.opacus import DPOptimizer, GradSampleHooks, GradSampleModule, GradSampleModuleExpandedWeights
+
+KINDS = (GradSampleModule, GradSampleModuleExpandedWeights)
+
+
+@pytest.fixture(autouse=True)
+def _double():
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+class Anything(nn.Module):
+    """Several inputs of every kind, a raw parameter, dropout, a nested output."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.unused = nn.Linear(3, 4), nn.Linear(3, 4), nn.Linear(2, 2)
+        self.scale = nn.Parameter(torch.randn(4))
+
+    def forward(self, x, other=None, *, repeat: int = 1, flip: bool = False, note=None):
+        h = self.first(x) * self.scale
+        h = h if other is None else h + self.second(other["tokens"])
+        h = F.dropout(h, 0.3, self.training)
+        for _ in range(repeat):
+            h = h.tanh()
+        return {"out": (h.flip(-1) if flip else h, note)}
+
+
+def samples(wrapped) -> dict:
+    names = {n: p for n, p in wrapped._module.named_parameters() if p.requires_grad}
+    return {n: p.grad_sample for n, p in names.items()}
+
+
+def assert_exact(model, losses, kind=GradSampleModule, reduction="mean", tolerance=1e-10):
+    state = torch.get_rng_state()
+    truth = oracle.per_example_gradients(model, lambda: losses(model))
+    wrapped = kind(model, loss_reduction=reduction)
+    torch.set_rng_state(state)
+    value = losses(wrapped)
+    (value.mean() if reduction == "mean" else value.sum()).backward()
+    assert oracle.relative_error(samples(wrapped), truth) <= tolerance
+    scale = len(value) if reduction == "mean" else 1
+    grads = {n: p.grad * scale for n, p in model.named_parameters() if p.grad is not None}
+    sums = {n: truth[n].sum(0) for n in grads}
+    assert oracle.relative_error(grads, sums) <= tolerance
+    return wrapped
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_any_input_and_any_output(kind, reduction):
+    x, other = torch.randn(5, 3), {"tokens": torch.randn(5, 3)}
+    assert_exact(
+        Anything(),
+        lambda m: m(x, other=other, repeat=2, flip=True, note="a")["out"][0].square().sum(1),
+        kind,
+        reduction,
+    )
+    wrapped = assert_exact(Anything(), lambda m: m(x=x, other=None)["out"][0].square().sum(1), kind, reduction)
+    assert all(not s.any() for s in (samples(wrapped)["second.weight"], samples(wrapped)["unused.bias"]))
+
+
+def test_batch_first_false():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.LayerNorm(4), nn.Linear(4, 2))
+    x = torch.randn(7, 5, 3)  # time, examples, features
+    truth = oracle.per_example_gradients(model, lambda: model(x).square().sum((0, 2)))
+    wrapped = GradSampleModule(model, batch_first=False)
+    wrapped(x).square().sum((0, 2)).mean().backward()
+    assert oracle.relative_error(samples(wrapped), truth) <= 1e-10
+
+
+def test_unmodified_attention_and_transformer_layers():
+    model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.2)
+    x, mask = torch.randn(4, 6, 8), torch.zeros(4, 6, dtype=torch.bool)
+    mask[1, 4:] = True
+    assert_exact(model, lambda m: m(x, src_key_padding_mask=mask).square().flatten(1).mean(1))
+
+
+def test_accumulation_keeps_batches_apart_and_zero_grad_clears():
+    model, x = nn.Linear(3, 2), torch.randn(4, 3)
+    wrapped = GradSampleModule(model)
+    for size in (4, 2):
+        wrapped(x[:size]).square().sum(1).mean().backward()
+    assert [len(s) for s in model.weight.grad_sample] == [4, 2]
+    wrapped.zero_grad()
+    assert model.weight.grad_sample is None and not model.weight.grad.any()
+    wrapped.forbid_grad_accumulation()
+    wrapped(x).square().sum(1).mean().backward()
+    with pytest.raises(ValueError, match="Poisson sampling is not compatible with grad accumulation"):
+        wrapped(x).square().sum(1).mean().backward()
+
+
+def test_two_forwards_in_one_loss_add_per_example():
+    model, x, z = nn.Linear(3, 2), torch.randn(4, 3), torch.randn(4, 3)
+    assert_exact(model, lambda m: m(x).square().sum(1) + m(z).tanh().sum(1))
+
+
+def test_an_empty_batch_has_gradients_of_no_example():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    wrapped = GradSampleModule(model)
+    optimizer = DPOptimizer(
+        torch.optim.SGD(model.parameters(), lr=1.0), noise_multiplier=1.0, max_grad_norm=1.0, expected_batch_size=4
+    )
+    before = copy.deepcopy(model.state_dict())
+    wrapped(torch.zeros(0, 3)).sum().backward()
+    assert {n: tuple(s.shape) for n, s in samples(wrapped).items()} == {n: (0, *p.shape) for n, p in before.items()}
+    optimizer.step()
+    assert all((model.state_dict()[n] != before[n]).all() for n in before)  # noise alone
+
+
+def test_hooks_off_gives_ordinary_gradients():
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), torch.randn(4, 3)
+    plain = torch.autograd.grad(model(x).square().mean(), list(model.parameters()))
+    wrapped = GradSampleModule(model)
+    out = wrapped(x)  # recorded
+    wrapped.disable_hooks()
+    out.square().mean().backward()
+    for parameter, gradient in zip(model.parameters(), plain, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient)
+        assert parameter.grad_sample is None
+    wrapped.zero_grad()
+    wrapped(x).square().mean().backward()  # not recorded
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), plain, strict=True))
+    wrapped.enable_hooks()
+    wrapped(x).square().mean().backward()
+    assert model[0].weight.grad_sample.shape == (4, 4, 3)
+
+
+def test_to_standard_module_leaves_no_trace():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    keys = [vars(module).keys() for module in model.modules()]
+    attributes = [set(vars(p)) for p in model.parameters()]
+    backward = torch.autograd.backward
+    wrapped = GradSampleModule(model)
+    wrapped(torch.randn(2, 3)).sum().backward()
+    standard = wrapped.to_standard_module()
+    del wrapped
+    assert standard is model and torch.autograd.backward is backward
+    assert [vars(module).keys() for module in model.modules()] == keys
+    assert [set(vars(p)) for p in model.parameters()] == attributes
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_hooks_object_without_a_wrapper():
+    model, x = Anything(), torch.randn(5, 3)
+    state = torch.get_rng_state()
+    truth = oracle.per_example_gradients(model, lambda: model(x)["out"][0].square().sum(1))
+    hooks = GradSampleHooks(model)
+    torch.set_rng_state(state)
+    model(x)["out"][0].square().sum(1).mean().backward()
+    got = {n: p.grad_sample for n, p in model.named_parameters()}
+    assert oracle.relative_error(got, truth) <= 1e-10
+    assert isinstance(hooks, opacus.grad_sample.GradSampleHooks)
+    hooks.cleanup()
+    assert not hasattr(model.scale, "grad_sample")
+
+
+def test_copies_and_pickles_record_for_themselves():
+    x = torch.randn(4, 3)
+    wrapped = GradSampleModule(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)))
+    wrapped(x).square().sum().backward()
+    for twin in (copy.deepcopy(wrapped), pickle.loads(pickle.dumps(wrapped))):
+        twin.zero_grad()
+        twin(x).square().sum().backward()
+        for ours, theirs in zip(twin.parameters(), wrapped.parameters(), strict=True):
+            assert ours is not theirs
+            torch.testing.assert_close(ours.grad_sample, theirs.grad_sample)
+    assert isinstance(wrapped.grad_accumulation_hook, type(None))
+
+
+def test_a_parameter_unfrozen_and_a_layer_added_after_wrapping():
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh()), torch.randn(4, 3)
+    model[0].bias.requires_grad_(False)
+    wrapped = GradSampleModule(model)
+    model[0].bias.requires_grad_(True)
+    model.append(nn.Linear(4, 2))
+    wrapped.disable_hooks()
+    truth = oracle.per_example_gradients(model, lambda: model(x).square().sum(1))
+    wrapped.enable_hooks()
+    wrapped(x).square().sum(1).mean().backward()
+    assert oracle.relative_error(samples(wrapped), truth) <= 1e-10
+
+
+def test_an_example_that_is_not_finite_is_left_out():
+    model, x = nn.Linear(3, 2), torch.randn(4, 3)
+    bad = torch.cat([x, torch.full((1, 3), float("nan"))])
+    sums = []
+    for data in (x, bad):
+        wrapped = GradSampleModule(copy.deepcopy(model))
+        optimizer = DPOptimizer(
+            torch.optim.SGD(wrapped.parameters(), lr=1.0),
+            noise_multiplier=0.0,
+            max_grad_norm=0.1,
+            expected_batch_size=4,
+        )
+        wrapped(data).square().sum(1).mean().backward()
+        optimizer.step()
+        sums.append({n: p.summed_grad for n, p in wrapped.named_parameters()})
+    assert oracle.relative_error(sums[1], sums[0]) <= 1e-12
+
+
+# --- refused ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda y: y.square().mean().sqrt(),
+        lambda y: (y - y.mean(0)).square().mean(),
+        lambda y: -F.cosine_similarity(y, y.roll(1, 0)).mean(),
+        lambda y: F.cross_entropy(y @ y.T, torch.arange(len(y))),
+    ],
+    ids=["root of the mean", "centred", "pairs", "in-batch negatives"],
+)
+def test_a_loss_that_couples_examples_is_refused(loss):
+    wrapped = GradSampleModule(nn.Linear(3, 2))
+    with pytest.raises(errors.CoupledExamplesError):
+        loss(wrapped(torch.randn(5, 3))).backward()
+
+
+def test_a_penalty_on_weights_and_gradients_of_gradients_are_refused():
+    model = nn.Linear(3, 2)
+    wrapped = GradSampleModule(model)
+    x = torch.randn(4, 3, requires_grad=True)
+    with pytest.raises(errors.CoverageError, match="weight_decay"):
+        (wrapped(x).square().mean() + model.weight.square().sum()).backward()
+    with pytest.raises(errors.CoverageError, match="gradient penalties"):
+        wrapped(x).square().mean().backward(create_graph=True)
+    with pytest.raises(errors.CoverageError, match="create_graph"):
+        torch.autograd.grad(wrapped(x).square().mean(), x, create_graph=True)
+    with pytest.raises(errors.CoverageError, match="disable_hooks"):
+        torch.autograd.grad(wrapped(x).square().mean(), list(model.parameters()), allow_unused=True)
+    assert torch.autograd.grad(wrapped(x).square().mean(), x)[0].shape == x.shape
+
+
+def test_batch_norm_is_refused_before_training():
+    with pytest.raises(NotImplementedError, match=r"ModuleValidator\.fix"):
+        GradSampleModule(nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)))
+    wrapped = GradSampleModule(nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3, track_running_stats=False)))
+    with pytest.raises(errors.CoupledExamplesError):
+        wrapped(torch.randn(4, 3)).square().mean().backward()
