@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 
 import opacus
@@ -147,15 +148,25 @@ def test_to_standard_module_leaves_no_trace():
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
     keys = [vars(module).keys() for module in model.modules()]
     attributes = [set(vars(p)) for p in model.parameters()]
+    gc.collect()  # earlier tests' modules
     backward = torch.autograd.backward
     wrapped = GradSampleModule(model)
     wrapped(torch.randn(2, 3)).sum().backward()
-    standard = wrapped.to_standard_module()
-    del wrapped
-    assert standard is model and torch.autograd.backward is backward
+    assert wrapped.to_standard_module() is model and torch.autograd.backward is backward
     assert [vars(module).keys() for module in model.modules()] == keys
     assert [set(vars(p)) for p in model.parameters()] == attributes
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_module_that_is_forgotten_leaves_autograd_as_it_was():
+    gc.collect()  # earlier tests' modules
+    functions = torch.autograd.backward, torch.autograd.grad
+    wrapped = GradSampleModule(nn.Linear(3, 2))
+    wrapped(torch.randn(2, 3)).sum().backward()
+    assert torch.autograd.backward is not functions[0]
+    del wrapped
+    gc.collect()
+    assert (torch.autograd.backward, torch.autograd.grad) == functions
 
 
 def test_hooks_object_without_a_wrapper():

@@ -20,7 +20,7 @@ from opacus.grad_sample import (
 from opacus.utils.batch_memory_manager import BatchMemoryManager, wrap_data_loader
 from opacus.validators import ModuleValidator, register_module_fixer, register_module_validator
 
-from dither.opacus.choose import get_gsm_class, get_optimizer_class, prepare_module, wrap_model
+from dither.opacus.choose import get_gsm_class, get_hooks_class, get_optimizer_class, prepare_module, wrap_model
 from dither.opacus.fast_gradient_clipping import (
     GradSampleHooksFastGradientClipping,
     GradSampleModuleFastGradientClipping,
@@ -69,6 +69,7 @@ __all__ = [
     "SimpleDistributedPerLayerOptimizer",
     "create_or_accumulate_grad_sample",
     "get_gsm_class",
+    "get_hooks_class",
     "get_noise_multiplier",
     "get_optimizer_class",
     "install",

@@ -49,17 +49,25 @@ _unwrapped: dict[str, Callable[..., Any]] = {}
 
 
 def attach(owner: Any) -> None:
-    """Wrap autograd's two functions, if they are not yet."""
+    """Wrap autograd's two functions, if they are not yet, until the last owner is detached or collected."""
     _owners.add(owner)
+    weakref.finalize(owner, _unwrap_unless_owned).atexit = False
     if not _unwrapped:
         _unwrapped.update(backward=torch.autograd.backward, grad=torch.autograd.grad)
         torch.autograd.backward, torch.autograd.grad = _backward, _grad
 
 
 def detach(owner: Any) -> None:
-    """Forget an owner; with the last one autograd's functions are what they were."""
+    """Forget an owner."""
     _owners.discard(owner)
-    if not _owners and torch.autograd.backward is _backward and torch.autograd.grad is _grad:
+    _unwrap_unless_owned()
+
+
+def _unwrap_unless_owned() -> None:
+    """With the last owner gone, autograd's functions are what they were."""
+    if any(True for _ in _owners):
+        return
+    if torch.autograd.backward is _backward and torch.autograd.grad is _grad:
         torch.autograd.backward, torch.autograd.grad = _unwrapped.pop("backward"), _unwrapped.pop("grad")
 
 

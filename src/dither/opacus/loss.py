@@ -6,7 +6,8 @@ Legend: B examples.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from opacus.utils import fast_gradient_clipping_utils as stock
@@ -16,6 +17,7 @@ from dither.errors import ConfigurationError, LossShapeError
 from dither.opacus.clipped_backward import clipped_backward
 
 _StockTensor = stock.DPTensorFastGradientClipping
+_stock_loss_init = stock.DPLossFastGradientClipping.__init__
 
 
 class DPTensorFastGradientClipping(stock.DPTensorFastGradientClipping):
@@ -95,16 +97,22 @@ class DPTensorFastGradientClipping(stock.DPTensorFastGradientClipping):
 class DPLossFastGradientClipping(stock.DPLossFastGradientClipping):
     """A criterion for flash clipping; see `opacus.utils.fast_gradient_clipping_utils.DPLossFastGradientClipping`.
 
-    Args (of Opacus's constructor):
+    Args:
         module: the wrapped module.
         optimizer: the `DPOptimizerFastGradientClipping`.
         criterion: a loss object, a function with a `reduction` argument, or a function that returns one number per
-            example, shape (B,). The first two may return any shape (B, ...): it is reduced per example.
+            example, shape (B,). The first two may return any shape (B, ...): it is reduced per example. Entries whose
+            target is ignore_index do not count in a mean; class weights multiply, and are not divided out.
         loss_reduction: "mean" or "sum", over an example's entries and, for `item()`, over the examples.
 
     Raises:
         LossShapeError: on a call, if the criterion does not give one number per example.
     """
+
+    def __init__(self, module: Any, optimizer: Any, criterion: Any, loss_reduction: str = "mean") -> None:
+        if inspect.isfunction(criterion) and not hasattr(criterion, "reduction"):
+            criterion = partial(criterion)  # Opacus sets .reduction on it, which torch's own functions should not keep
+        _stock_loss_init(self, module, optimizer, criterion, loss_reduction)
 
     def __call__(self, *args: Any, shape: Any = None, **kwargs: Any) -> Any:
         """The loss of a batch.
@@ -121,7 +129,7 @@ class DPLossFastGradientClipping(stock.DPLossFastGradientClipping):
 
 def _unreduced(criterion: Any, args: Any, kwargs: Any) -> tuple[Any, bool]:
     """The criterion's value without reduction, and whether it is known to be a loss with one."""
-    if not isinstance(criterion, nn.Module) and "reduction" in _arguments(criterion):
+    if not isinstance(criterion, nn.Module) and "reduction" in _parameters(criterion):
         return criterion(*args, **{**kwargs, "reduction": "none"}), True
     before = criterion.reduction
     criterion.reduction = "none"
@@ -131,11 +139,12 @@ def _unreduced(criterion: Any, args: Any, kwargs: Any) -> tuple[Any, bool]:
         criterion.reduction = before
 
 
-def _arguments(function: Callable[..., Any]) -> set[str]:
+def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    """A function's parameters, with a partial's keywords as defaults; none for what Python cannot look into."""
     try:
-        return set(inspect.signature(function).parameters)
+        return inspect.signature(function).parameters
     except (TypeError, ValueError):
-        return set()
+        return {}
 
 
 def _per_example(losses: Any, reduces: bool, loss: Any, args: Any, kwargs: Any, shape: Any) -> Tensor:
@@ -164,9 +173,11 @@ def _per_example(losses: Any, reduces: bool, loss: Any, args: Any, kwargs: Any, 
 
 def _counted(losses: Tensor, criterion: Any, args: Any, kwargs: Any) -> Tensor | None:
     """Which entries count in a mean: those whose target is not the criterion's ignore_index."""
-    ignored = getattr(criterion, "ignore_index", None)
+    parameters = {} if isinstance(criterion, nn.Module) else _parameters(criterion)
+    default = parameters["ignore_index"].default if "ignore_index" in parameters else None
+    ignored = kwargs.get("ignore_index", getattr(criterion, "ignore_index", default))
     target = kwargs.get("target", args[1] if len(args) > 1 else None)
-    if ignored is None or not isinstance(target, Tensor) or target.shape != losses.shape:
+    if not isinstance(ignored, int) or not isinstance(target, Tensor) or target.shape != losses.shape:
         return None
     counted: Tensor = target != ignored
     return counted
