@@ -1,6 +1,7 @@
 # Needs Python >= 3.10 with pip, and make. Everything else is installed into .venv by the first target that wants it.
 #   make demo          train the tiny DiT on digits under differential privacy (about three minutes on two cores)
 #   make test          ruff, mypy, pytest
+#   make opacus-suite  Opacus's own tests on dither.opacus        make check   both
 #   make test TORCH=2.6.0        another torch        make test CONSTRAINTS=        no pinned versions
 
 PYTHON ?= python3
@@ -10,6 +11,9 @@ TORCH ?=
 WORKERS ?= 2
 ARGS ?=
 BIN := $(VENV)/bin
+# The demo takes the small CPU build of torch. The tests need torchvision, as Opacus's do, which goes with these only.
+DEMO_TORCH := 2.13.0
+TEST_TORCH := $(if $(filter x86_64,$(shell uname -m)),2.14.1,2.9.1)
 
 # Asked for another TORCH or other CONSTRAINTS than last time: forget what is installed.
 REQUEST := $(CONSTRAINTS) $(TORCH)
@@ -17,13 +21,18 @@ ifneq ($(strip $(REQUEST)),$(strip $(shell cat $(VENV)/.request 2>/dev/null)))
 $(shell rm -f $(VENV)/.installed-*)
 endif
 
-.PHONY: demo test lint types format clean
+.PHONY: demo test opacus-suite check lint types format clean
 
-demo: $(VENV)/.installed-cli
+demo: $(firstword $(wildcard $(VENV)/.installed-dev) $(VENV)/.installed-cli)
 	$(BIN)/dither train $(ARGS)
 
 test: lint types
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+
+opacus-suite: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -c tests/opacus/suite.ini --pyargs opacus.tests
+
+check: test opacus-suite
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -37,10 +46,12 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 
 # .installed-cli, .installed-dev: the package in place with that extra.
+$(VENV)/.installed-cli: DEFAULT_TORCH := $(DEMO_TORCH)
+$(VENV)/.installed-dev: DEFAULT_TORCH := $(TEST_TORCH)
 $(VENV)/.installed-%: pyproject.toml $(CONSTRAINTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	grep -v "^torch==$(if $(TORCH),,never)" $(or $(CONSTRAINTS),/dev/null) > $(VENV)/constraints.txt || true
-	$(if $(TORCH),echo "torch==$(TORCH)" >> $(VENV)/constraints.txt)
+	cat $(or $(CONSTRAINTS),/dev/null) > $(VENV)/constraints.txt
+	$(if $(or $(TORCH),$(CONSTRAINTS)),echo "torch==$(or $(TORCH),$(DEFAULT_TORCH))" >> $(VENV)/constraints.txt)
 	@echo "Installing dither with its $* extra into $(VENV); a few minutes the first time."
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(VENV)/constraints.txt -e '.[$*]'
 	@echo '$(REQUEST)' > $(VENV)/.request

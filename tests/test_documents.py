@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 import dither
 from dither.rules import rule
@@ -65,3 +65,51 @@ def test_contributing_rule():
     finally:
         rule._TABLE.clear()
         rule._TABLE.update(before)
+
+
+@pytest.fixture
+def opacus_names():
+    """What the guides assume: a model of three inputs, its optimizer and a loader."""
+    import dither.opacus
+
+    class Conditional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.image, self.label, self.gain = nn.Linear(6, 6), nn.Embedding(4, 6), nn.Parameter(torch.ones(6))
+
+        def forward(self, x, t, *, y):
+            return (self.image(x) * self.gain + self.label(y)) * t[:, None]
+
+    torch.manual_seed(0)
+    dataset = TensorDataset(torch.randn(40, 6), torch.rand(40), torch.randint(4, (40,)))
+    model, plain_model = Conditional(), Conditional()
+    yield {
+        **{name: getattr(dither.opacus, name) for name in dither.opacus.__all__},
+        "F": F,
+        "nn": nn,
+        "dither": dither,
+        "dataset": dataset,
+        "model": model,
+        "plain_model": plain_model,
+        "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
+        "plain_optimizer": torch.optim.SGD(plain_model.parameters(), lr=0.1),
+        "train_loader": DataLoader(dataset, batch_size=8),
+    }
+    dither.opacus.uninstall()
+
+
+@pytest.mark.filterwarnings("ignore:Secure RNG", "ignore:.*Optimal order")
+@pytest.mark.parametrize("document", ["docs/from-opacus.md", "docs/flash-clipping.md"])
+def test_opacus_guides(document, opacus_names, capsys):
+    before = [p.detach().clone() for p in opacus_names["model"].parameters()]
+    found = [code for code in blocks(document) if code.strip()]
+    assert len(found) >= 3
+    for code in found:
+        exec(code, opacus_names)
+    assert all(not torch.equal(a, b) for a, b in zip(before, opacus_names["model"].parameters(), strict=True))
+    if document.endswith("from-opacus.md"):
+        assert len(capsys.readouterr().out.splitlines()) == 3
+        assert opacus_names["result"].norms.shape == (16,)
+    else:
+        assert isinstance(opacus_names["criterion"], opacus_names["DPLossFastGradientClipping"])
+        assert opacus_names["squared_error"](torch.ones(3, 2, 2), torch.zeros(3, 2, 2)).shape == (3,)

@@ -164,9 +164,11 @@ def main(*arguments: str, cwd=None) -> subprocess.CompletedProcess:
 
 
 def test_a_script_runs_unmodified(tmp_path):
-    script = tmp_path / "train.py"
-    script.write_text(SCRIPT)
-    result = main(str(script), "--epochs", "3")
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "scripts" / "beside.py").write_text("")
+    script = tmp_path / "scripts" / "train.py"
+    script.write_text("import beside\n" + SCRIPT)
+    result = main("scripts/train.py", "--epochs", "3", cwd=tmp_path)
     assert result.returncode == 3, result.stderr
     assert result.stdout.split() == ["works", f"['{script}',", "'--epochs',", "'3']", str(script)]
 

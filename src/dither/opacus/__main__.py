@@ -41,11 +41,11 @@ def main(arguments: list[str]) -> int | str | None:
     target, sys.argv = arguments[0], list(arguments)
     with install():
         if as_module:
-            sys.path.insert(0, "")
             runpy.run_module(target, run_name="__main__", alter_sys=True)
         else:
-            sys.path.insert(0, str(Path(target).resolve().parent))
-            runpy.run_path(target, run_name="__main__")
+            script = Path(target).resolve()
+            sys.path[0] = str(script.parent)  # where `-m` put the current folder
+            runpy.run_path(str(script), run_name="__main__")
     return 0
 
 

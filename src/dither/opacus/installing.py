@@ -7,7 +7,6 @@ references that no module holds, such as a name inside a running function.
 
 from __future__ import annotations
 
-import importlib
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from types import ModuleType, TracebackType
@@ -39,13 +38,6 @@ FUNCTIONS: dict[Callable[..., Any], Callable[..., Any]] = {
 
 _REPLACEMENTS: dict[Any, Any] = {**CLASSES, **FUNCTIONS}
 
-_LATE = (
-    "opacus.lightning",
-    "opacus.schedulers",
-    "opacus.utils.per_sample_gradients_utils",
-)
-"""Modules of Opacus's that nothing else of it imports: loaded first, so that their names are bound too."""
-
 _state = {"installed": False}
 
 
@@ -71,11 +63,6 @@ def install() -> Installation:
         A context manager: `with dither.opacus.install(): ...` uninstalls at the end.
     """
     if not installed():
-        for name in _LATE:
-            try:
-                importlib.import_module(name)
-            except ImportError:  # an optional dependency of Opacus's, or another version of it
-                continue
         _state["installed"] = True
         _rebind(_REPLACEMENTS)
         for stock, ours in CLASSES.items():
