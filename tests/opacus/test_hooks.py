@@ -237,13 +237,67 @@ def test_an_example_that_is_not_finite_is_left_out():
         lambda y: (y - y.mean(0)).square().mean(),
         lambda y: -F.cosine_similarity(y, y.roll(1, 0)).mean(),
         lambda y: F.cross_entropy(y @ y.T, torch.arange(len(y))),
+        lambda y: y.square().sum(1).max(),
+        lambda y: y.square().sum(1).topk(2).values.mean(),
+        lambda y: (y.square().mean() - 0.1).abs() + 0.1,
+        lambda y: y.sort(0).values[:3].mean(),
     ],
-    ids=["root of the mean", "centred", "pairs", "in-batch negatives"],
+    ids=[
+        "root of the mean",
+        "centred",
+        "pairs",
+        "in-batch negatives",
+        "hardest example",
+        "hardest two",
+        "flooding",
+        "sorted",
+    ],
 )
 def test_a_loss_that_couples_examples_is_refused(loss):
     wrapped = GradSampleModule(nn.Linear(3, 2))
     with pytest.raises(errors.CoupledExamplesError):
         loss(wrapped(torch.randn(5, 3))).backward()
+
+
+@pytest.mark.parametrize(
+    "losses",
+    [
+        lambda y: y.abs().sum(1),
+        lambda y: y.max(1).values + y.amin(1),
+        lambda y: y.topk(2, dim=1).values.sum(1),
+        lambda y: (y.square().sum(1) - 0.1).abs(),
+        lambda y: y.sort(-1).values[:, 0] + y.median(1).values,
+        lambda y: torch.maximum(y[:, 0], y[:, 1]).clamp(min=-1),
+        lambda y: F.l1_loss(y, torch.zeros_like(y), reduction="none").sum(1),
+        lambda y: F.multi_margin_loss(y, torch.tensor([0, 1, 2, 0, 1]), reduction="none") / 2,
+        lambda y: F.cross_entropy(y, torch.tensor([0, 1, 2, 0, 1]), label_smoothing=0.1, reduction="none"),
+        lambda y: F.log_softmax(y, 1).gather(1, torch.tensor([[0], [1], [2], [0], [1]])).squeeze(1),
+    ],
+)
+def test_a_loss_that_compares_within_an_example_is_exact(losses):
+    x = torch.randn(5, 3)
+    assert_exact(nn.Linear(3, 3), lambda model: losses(model(x)))
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_losses_without_a_second_derivative(reduction):
+    x, y, lengths = torch.randn(5, 9, 3), torch.randint(1, 4, (5, 3)), (torch.full((5,), 9), torch.full((5,), 3))
+
+    def ctc(model, reduction):
+        return F.ctc_loss(model(x).log_softmax(-1).transpose(0, 1), y, *lengths, reduction=reduction)
+
+    def margin(model, reduction):
+        return F.multi_margin_loss(model(x).mean(1), torch.tensor([0, 1, 2, 0, 1]), reduction=reduction)
+
+    for loss in (ctc, margin):
+        model = nn.Linear(3, 4)
+        scale = 3 if loss is ctc and reduction == "mean" else 1  # ctc's mean divides by the targets' lengths
+        truth = oracle.per_example_gradients(model, lambda m=model, f=loss, s=scale: f(m, "none") / s)
+        wrapped = GradSampleModule(model)
+        loss(wrapped, reduction).mean().backward()
+        assert oracle.relative_error(samples(wrapped), truth) <= 1e-10
+    with pytest.raises(errors.CaptureError):
+        margin(wrapped, "mean").square().backward()
 
 
 def test_a_penalty_on_weights_and_gradients_of_gradients_are_refused():

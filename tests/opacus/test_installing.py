@@ -15,6 +15,7 @@ from opacus import GradSampleModule as EarlyGradSampleModule
 from torch import nn
 
 import dither.opacus
+from dither.opacus import GradSampleModule as OurGradSampleModule
 from dither.opacus import installing
 
 MODEL = """
@@ -98,6 +99,13 @@ def test_every_name_is_replaced_and_put_back():
     assert {name: getattr(opacus, name) for name in before} == before
     assert type(EarlyGradSampleModule(nn.Linear(2, 2))) is before["GradSampleModule"]
     dither.opacus.uninstall()  # and again is nothing
+
+
+def test_names_imported_from_here_survive_uninstall():
+    ours = OurGradSampleModule
+    with dither.opacus.install():
+        pass
+    assert OurGradSampleModule is ours is dither.opacus.GradSampleModule
 
 
 def _class_of(mode: str) -> str:

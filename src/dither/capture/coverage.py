@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.checkpoint import CheckpointError
 
 from dither.capture.examples import ExampleAxis, candidates, consistent
-from dither.capture.uses import OpCall, Tape
+from dither.capture.uses import Tape
 from dither.errors import CoupledExamplesError, CoverageError, ExampleAxisError, LossShapeError
 
 
@@ -110,12 +111,38 @@ class Seed:
         return Seed(get_gradient_edge(tensor), tensor.detach(), layout)
 
     def poison(self, examples: list[int] | None) -> Tensor:
-        """Zeros, and NaN in the examples' places (None: in all)."""
+        """Ones, and NaN in the examples' places (None: in all)."""
         chosen = torch.full((self.layout.batch,), examples is None, device=self.like.device)
         chosen[examples or []] = True
-        poisoned = torch.zeros_like(self.like, memory_format=torch.contiguous_format)
+        poisoned = torch.ones_like(self.like, memory_format=torch.contiguous_format)
         poisoned.movedim(self.layout.axis, 0)[chosen[self.layout.owners(self.like.device)]] = float("nan")
         return poisoned
+
+
+@dataclass(frozen=True)
+class Places:
+    """Outputs in which the examples are looked for.
+
+    Attributes:
+        shapes: their shapes, by index.
+        name: what an index stands for, in words.
+    """
+
+    shapes: Mapping[int, torch.Size]
+    name: Callable[[int], str]
+
+    @staticmethod
+    def of(tape: Tape) -> Places:
+        """The first output of every recorded operation, by the operation's index."""
+        shapes = {c.index: c.output_shapes[0] for c in tape.calls if c.output_shapes}
+        return Places(shapes, partial(_operation, tape))
+
+
+def _operation(tape: Tape, index: int) -> str:
+    if index < 0:
+        return "an input of the module"
+    names = ", ".join(use.name for use in tape.uses if use.call.index == index)
+    return f"the output of {tape.calls[index].name} (parameter {names})"
 
 
 Probe = Callable[[list[int] | None], dict[int, Tensor]]
@@ -124,33 +151,33 @@ bool, the output's shape."""
 
 
 def decide_examples(
-    tape: Tape, batch: int, probe: Probe, thorough: bool = True, known: Mapping[int, ExampleAxis] | None = None
+    places: Places, batch: int, probe: Probe, thorough: bool = True, known: Mapping[int, ExampleAxis] | None = None
 ) -> dict[int, ExampleAxis | None]:
     """Find where the examples lie in every recorded output, and prove that they do not influence each other.
 
     Some examples' losses are sent back alone, as NaN: NaN times zero is NaN, so whatever could depend on them becomes
-    NaN, also behind weights that are zero now. The entries reached must lie in those examples' places in one layout.
-    Examples are tried until each output's layout is the only one left, or all have been tried, when the layouts that
-    are left say the same of every entry that any loss reaches.
+    NaN, also behind weights that are zero now (but not behind a gate that is closed now). The entries reached must lie
+    in those examples' places in one layout. Examples are tried until each output's layout is the only one left, or all
+    have been tried, when the layouts that are left say the same of every entry that any loss reaches.
 
     Args:
-        tape: the recorded calls.
+        places: the outputs to decide, by index.
         batch: B, the number of examples.
         probe: sends NaN back; see `send_back`.
         thorough: separate every ordered pair of examples, in 2 ceil(log2 B) more passes: the examples whose index has
             a bit set are sent back together, then the others, for each bit. Otherwise the first and the last alone.
-        known: layouts that are known beforehand, by call index.
+        known: layouts that are known beforehand, by index; also of places that are not to be decided.
 
     Returns:
-        By call index: the layout, or None where no loss reaches the output.
+        By index: the layout, or None where no loss reaches the output.
 
     Raises:
         CoupledExamplesError: a loss reaches another example's entries.
         ExampleAxisError: the output has no axis that the examples fit on.
     """
     if batch == 1:
-        return {call.index: ExampleAxis(0, 1, 1, _length(call)) for call in tape.calls}
-    possible = {call.index: _candidates(call, batch) for call in tape.calls}
+        return {i: ExampleAxis(0, 1, 1, shape[0] if len(shape) else 1) for i, shape in places.shapes.items()}
+    possible = {i: candidates(shape, batch) for i, shape in places.shapes.items()}
     possible |= {index: {layout} for index, layout in (known or {}).items()}
     reached: set[int] = set()
     poisoned: dict[int, Tensor] | None = None
@@ -168,7 +195,7 @@ def decide_examples(
             reached.add(index)
             possible[index] = consistent(possible[index], entries, examples)
             if not possible[index]:
-                raise _refused(tape, index, examples, batch)
+                raise _refused(places.name(index), tuple(entries.shape), examples, batch)
     return {i: _simplest(possible[i]) if i in reached else None for i in possible}
 
 
@@ -184,16 +211,7 @@ def separating_groups(batch: int, thorough: bool = True) -> tuple[list[list[int]
 
 def with_axes(tape: Tape, axes: Mapping[int, ExampleAxis | None]) -> None:
     """Write the decided layouts into the tape's uses."""
-    tape.uses = [replace(use, axis=axes[use.call.index]) for use in tape.uses]
-
-
-def _length(call: OpCall) -> int:
-    shape = call.output_shapes[0]
-    return shape[0] if len(shape) else 1
-
-
-def _candidates(call: OpCall, batch: int) -> set[ExampleAxis]:
-    return candidates(call.output_shapes[0], batch) if call.output_shapes else set()
+    tape.uses = [replace(use, axis=axes.get(use.call.index)) for use in tape.uses]
 
 
 def send_back(tape: Tape, seeds: Sequence[Seed], examples: list[int] | None) -> dict[int, Tensor]:
@@ -232,24 +250,20 @@ def _simplest(layouts: set[ExampleAxis]) -> ExampleAxis:
     return min(layouts, key=lambda layout: (layout.axis, layout.outer))
 
 
-def _where(tape: Tape, index: int) -> str:
-    names = ", ".join(use.name for use in tape.uses if use.call.index == index)
-    return f"{tape.calls[index].name} (parameter {names})"
-
-
-def _refused(tape: Tape, index: int, examples: list[int], batch: int) -> CoupledExamplesError | ExampleAxisError:
-    shape = tuple(tape.calls[index].output_shapes[0])
+def _refused(
+    name: str, shape: tuple[int, ...], examples: list[int], batch: int
+) -> CoupledExamplesError | ExampleAxisError:
     if not candidates(torch.Size(shape), batch):
         return ExampleAxisError(
-            f"The output of {_where(tape, index)}, shape {shape}, has no axis that {batch} examples fit on.",
+            f"{name[0].upper()}{name[1:]}, shape {shape}, has no axis that {batch} examples fit on.",
             fix="make a constant input of this layer a buffer of the model, or keep one axis for the examples",
         )
     which = (
         f"Example {examples[0]}'s loss depends" if len(examples) == 1 else f"Losses of {len(examples)} examples depend"
     )
     return CoupledExamplesError(
-        f"{which} on other examples, or on rows in no regular order, through the output of "
-        f"{_where(tape, index)}, shape {shape}, with {batch} examples.",
+        f"{which} on other examples, or on rows in no regular order, through {name}, shape {shape}, with {batch} "
+        "examples.",
         fix="remove what mixes examples (batch normalisation or statistics in the model or the loss: use group or "
         "layer normalisation), keep each example's rows together, and make a layer's constant input a buffer",
     )

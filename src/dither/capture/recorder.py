@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.overrides import TorchFunctionMode
 
 from dither.capture.uses import OpCall, ParamUse, Tape, map_tensors, tensors_in
-from dither.errors import BufferUpdateError, NestedRecorderError, UnsupportedOpError
+from dither.errors import BufferUpdateError, CoupledExamplesError, NestedRecorderError, UnsupportedOpError
 
 _PARAMETER, _DERIVED, _CONSTANT, _BUFFER = "parameter", "derived", "constant", "buffer"
 _RANDOM = ("rand", "normal", "bernoulli", "multinomial", "poisson", "dropout", "uniform", "exponential", "geometric")
@@ -41,6 +43,7 @@ _REORDERING = {
     "roll",
 }
 _BACKWARD = {torch.Tensor.backward, torch.autograd.backward, torch.autograd.grad}
+_LEAVES_TORCH: set[Callable[..., Any]] = {torch.Tensor.numpy, torch.Tensor.__array__}
 _active = threading.local()
 
 
@@ -116,11 +119,15 @@ class Recorder(TorchFunctionMode):
     ) -> Any:
         """Pass operations through; record those that use a parameter with the examples."""
         kwargs = kwargs or {}
-        if func in _BACKWARD:
+        if getattr(func, "__wrapped__", func) in _BACKWARD:
             raise NestedRecorderError(
                 "A backward pass runs inside the loss function.",
                 fix="return the per-example loss and let dither run the backward pass; no gradient penalties",
             )
+        if func in _LEAVES_TORCH:
+            return func(*map_tensors(torch.Tensor.detach, args), **kwargs)
+        if func is torch.nn.functional.batch_norm:
+            _refuse_batch_statistics(*args, **kwargs)
         output = self._dispatch(func, args, kwargs)
         self._trace.append((func, _options(args), _options(kwargs)))
         if not self.reorders_by_data and _base_name(func) in _REORDERING:
@@ -233,11 +240,49 @@ class Recorder(TorchFunctionMode):
         replaced: dict[int, Tensor] = {}
         for position, tensor in enumerate(outputs):
             live = tensor if tensor.requires_grad else _Anchor.apply(self.anchor, tensor)
-            live.register_hook(lambda g, position=position: self.tape.deliver(call, position, g))
+            _after_tensor_hooks(live, partial(self.tape.deliver, call, position))
             replaced[id(tensor)] = live
             if position == 0 and self._on_output is not None:
                 self._on_output(live, call)
         return map_tensors(lambda t: replaced.get(id(t), t), output)
+
+
+def _refuse_batch_statistics(
+    input: Tensor,
+    running_mean: Any = None,
+    running_var: Any = None,
+    weight: Any = None,
+    bias: Any = None,
+    training: bool = False,
+    *_: Any,
+    **__: Any,
+) -> None:
+    if training:
+        raise CoupledExamplesError(
+            f"The batch normalisation of a tensor of shape {tuple(input.shape)} uses the statistics of all examples.",
+            fix="use group, layer or instance normalisation (Opacus: ModuleValidator.fix), or put the layer in eval "
+            "mode",
+        )
+
+
+def _after_tensor_hooks(tensor: Tensor, deliver: Callable[[Tensor], None]) -> None:
+    """Deliver a tensor's gradient once every hook that anybody registers on the tensor has run."""
+    number = tensor.output_nr
+
+    def hook(gradients: tuple[Tensor | None, ...]) -> None:
+        gradient = gradients[number]
+        if gradient is not None:
+            deliver(gradient)
+
+    assert tensor.grad_fn is not None
+    tensor.grad_fn.register_prehook(hook)
+
+
+def alias(tensor: Tensor, anchor: Tensor) -> Tensor:
+    """The same memory as a tensor that has a graph node, so that gradients to it can be asked for."""
+    with _unsafe_preserve_version_counter(tensor):  # nothing is written
+        tracked: Tensor = _Anchor.apply(anchor, tensor.detach())
+    return tracked
 
 
 def _base_name(function: Any) -> str:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dither.capture.coverage import (
+    Places,
     Probe,
     Seed,
     check_loss,
@@ -40,18 +41,32 @@ class _Memory:
     axes: dict[int, dict[int, ExampleAxis | None]] = field(default_factory=dict)
     uncoupled: set[Any] = field(default_factory=set)
     buffers: Buffers = field(default_factory=Buffers)
+    passes: int = 0
 
     def recall(self, signature: Any) -> dict[int, ExampleAxis | None] | None:
-        """The axes kept for a signature."""
-        return None if signature is None else self.axes.get(hash(signature))
+        """The axes kept for a signature.
 
-    def keep(self, signature: Any, axes: dict[int, ExampleAxis | None]) -> None:
-        """Keep decided axes; only the signature's hash is kept, and a bounded number of them."""
+        At the 2nd, 4th, 8th... pass nothing is recalled: a gate that was closed (a ReLU, a clamp) may hide a dependence
+        from the proof, and be open later.
+        """
+        self.passes += 1
+        again = self.passes & (self.passes - 1) == 0
+        return None if signature is None or again else self.axes.get(hash(signature))
+
+    def keep(self, signature: Any, axes: dict[int, ExampleAxis | None]) -> dict[int, ExampleAxis | None]:
+        """Keep decided axes; only the signature's hash is kept, and a bounded number of them.
+
+        Returns:
+            The axes; where nothing was reached this time (or all is NaN), what was kept before.
+        """
         if signature is None:
-            return
+            return axes
         if len(self.axes) >= _KEPT_LAYOUTS:
             self.axes.clear()
-        self.axes[hash(signature)] = axes
+        before = self.axes.get(hash(signature), {})
+        kept = {index: before.get(index) if axis is None else axis for index, axis in axes.items()}
+        self.axes[hash(signature)] = kept
+        return kept
 
 
 _memories: weakref.WeakKeyDictionary[nn.Module, _Memory] = weakref.WeakKeyDictionary()
@@ -63,6 +78,15 @@ def trainable(model: nn.Module) -> dict[str, Tensor]:
     if not found:
         raise ConfigurationError("The model has no trainable parameters.", fix="set requires_grad=True on some of them")
     return found
+
+
+def relative_to(batch: int, tree: Any) -> Any:
+    """Operations' options with sizes as multiples of the batch size, so that other batch sizes compare equal."""
+    if isinstance(tree, tuple):
+        return tuple(relative_to(batch, item) for item in tree)
+    if type(tree) is int and batch > 1 and tree and tree % batch == 0:
+        return ("batches", tree // batch)
+    return tree
 
 
 class Recorded:
@@ -109,7 +133,7 @@ class Recorded:
         probe: Probe,
         known: Mapping[int, ExampleAxis] | None = None,
         context: Any = None,
-    ) -> None:
+    ) -> bool:
         """Decide where the examples lie, from memory if this sequence of operations was decided before.
 
         Args:
@@ -117,29 +141,29 @@ class Recorded:
             known: layouts of calls that are known beforehand.
             context: what else must be the same for a decision to hold; hashable.
 
+        Returns:
+            Whether it was decided anew.
+
         Raises:
             CaptureError: its kinds, as `decide_examples`.
         """
-        axes = self.recall(context)
+        axes = self._memory.recall(self._signature(context))
+        anew = axes is None
         if axes is None:
             axes = self.decide_anew(probe, known, context)
         self.undecided = any(axis is None for axis in axes.values())
         with_axes(self.tape, axes)
-
-    def recall(self, context: Any = None) -> dict[int, ExampleAxis | None] | None:
-        """The layouts decided before, if they were."""
-        return self._memory.recall(self._signature(context))
+        return anew
 
     def decide_anew(
         self, probe: Probe, known: Mapping[int, ExampleAxis] | None = None, context: Any = None
     ) -> dict[int, ExampleAxis | None]:
         """Probe, and remember the layouts."""
         # Every pair of examples once for each sequence of operations; other batch sizes of it need the layouts only.
-        sequence = (hash(tuple(function for function, *_ in self._trace)), self.batch > 2, context)
-        axes = decide_examples(self.tape, self.batch, probe, sequence not in self._memory.uncoupled, known)
+        sequence = (hash(relative_to(self.batch, self._trace)), self.batch > 2, context)
+        axes = decide_examples(Places.of(self.tape), self.batch, probe, sequence not in self._memory.uncoupled, known)
         self._memory.uncoupled.add(sequence)
-        self._memory.keep(self._signature(context), axes)
-        return axes
+        return self._memory.keep(self._signature(context), axes)
 
     def _signature(self, context: Any) -> Any:
         """What must be the same for decided places to hold: every operation, its options, and every output's shape.

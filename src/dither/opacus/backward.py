@@ -11,12 +11,14 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import wraps
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import CheckpointError
 
-from dither.capture.coverage import Seed
+from dither.capture.coverage import Seed, with_axes
 from dither.capture.examples import ExampleAxis
 from dither.errors import CoverageError
 from dither.opacus.graph import Reached, reach
@@ -46,10 +48,14 @@ class _Local(threading.local):
 _local = _Local()
 _owners: weakref.WeakSet[Any] = weakref.WeakSet()
 _unwrapped: dict[str, Callable[..., Any]] = {}
+_taking: list[int] = []
+"""One entry for every torch.autograd.grad under way; the engine's threads must see it."""
 
 
 def attach(owner: Any) -> None:
     """Wrap autograd's two functions, if they are not yet, until the last owner is detached or collected."""
+    if owner in _owners:
+        return
     _owners.add(owner)
     weakref.finalize(owner, _unwrap_unless_owned).atexit = False
     if not _unwrapped:
@@ -71,6 +77,7 @@ def _unwrap_unless_owned() -> None:
         torch.autograd.backward, torch.autograd.grad = _unwrapped.pop("backward"), _unwrapped.pop("grad")
 
 
+@wraps(torch.autograd.backward)
 def _backward(
     tensors: Any,
     grad_tensors: Any = None,
@@ -81,8 +88,8 @@ def _backward(
 ) -> None:
     """Sum of gradients of the tensors with respect to leaves; see `torch.autograd.backward`."""
 
-    def run() -> None:
-        _unwrapped["backward"](tensors, grad_tensors, retain_graph, create_graph, grad_variables, inputs)
+    def run(retain: bool = False) -> None:
+        _unwrapped["backward"](tensors, grad_tensors, retain_graph or retain, create_graph, grad_variables, inputs)
 
     roots = [tensors] if isinstance(tensors, Tensor) else list(tensors) if isinstance(tensors, (list, tuple)) else []
     if _local.busy or not roots or not all(isinstance(root, Tensor) for root in roots):
@@ -100,12 +107,15 @@ def _backward(
         with quiet(reached):
             decide(reached, roots, None, all(owner.verify_loss for owner in owners_of(reached)))
         publish = [owner.prepare_backward(recordings) for owner, recordings in owners_of(reached).items()]
-        run()
+        with untouched(reached):
+            run(retain=any(recording.undecided for recording in reached.owners))
+            settle(reached.owners)
         for each in publish:
             each()
     return None
 
 
+@wraps(torch.autograd.grad)
 def _grad(outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
     """Sum of gradients of the outputs with respect to the inputs; see `torch.autograd.grad`."""
     wanted = [inputs] if isinstance(inputs, Tensor) else list(inputs)
@@ -117,7 +127,11 @@ def _grad(outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
                 "torch.autograd.grad asks for the gradient of a recorded parameter, which only backward() delivers.",
                 fix="call module.disable_hooks() (or module.eval()) before that forward, or use loss.backward()",
             )
-    return _unwrapped["grad"](outputs, inputs, *args, **kwargs)
+    _taking.append(threading.get_ident())
+    try:
+        return _unwrapped["grad"](outputs, inputs, *args, **kwargs)
+    finally:
+        _taking.pop()
 
 
 def owners_of(reached: Reached) -> dict[Any, list[ModuleRecording]]:
@@ -147,13 +161,62 @@ def session(reached: Reached) -> Iterator[None]:
             )
     for recording in reached.owners:
         recording.tape.sink = ignore
+    if reached.checkpointed:
+        raise _checkpoint()
     _local.busy = True
     try:
         yield
+    except CheckpointError as error:
+        raise _checkpoint() from error
     finally:
         _local.busy = False
         for recording in reached.owners:
             recording.tape.sink = outside
+            recording.end_pass()
+
+
+def _checkpoint() -> CoverageError:
+    return CoverageError(
+        "An activation checkpoint recomputes its layers outside the recorder: their gradients would escape.",
+        fix="turn activation checkpointing off; grad_sample_mode='ghost' and BatchMemoryManager save memory too",
+    )
+
+
+@contextmanager
+def untouched(reached: Reached) -> Iterator[None]:
+    """Run the backward pass inside: no recorded parameter may receive a gradient by itself.
+
+    Raises:
+        CoverageError: one did; its `.grad` is what it was before.
+    """
+    parameters = {name: p for recording in reached.owners for name, p in recording.parameters.items()}
+    before = {name: p.grad for name, p in parameters.items()}
+    for parameter in parameters.values():
+        parameter.grad = None
+    try:
+        yield
+        for name, parameter in parameters.items():
+            if parameter.grad is not None:
+                raise CoverageError(
+                    f"Parameter {name} receives gradient outside the recorder, so it would not be clipped.",
+                    fix="use it through torch operations while the module's forward runs, not in a custom "
+                    "autograd.Function, a C++ extension or an activation checkpoint",
+                )
+    finally:
+        for name, parameter in parameters.items():
+            parameter.grad = before[name]
+
+
+def settle(recordings: Sequence[ModuleRecording]) -> None:
+    """Deliver gradients that arrived where none had when the places of the examples were decided."""
+    for recording in recordings:
+        late, recording.late = recording.late, []
+        if late:
+            sink = recording.tape.sink
+            recording.tape.sink = ignore
+            with_axes(recording.tape, recording.decide_again())
+            recording.tape.sink = sink
+            recording.deliver_late(late)
 
 
 @contextmanager
@@ -189,10 +252,17 @@ def outside(call: int, output: int, gradient: Tensor) -> None:
     """The sink between backward passes: gradients of inputs may be taken, not gradients of gradients.
 
     Raises:
-        CoverageError: the pass builds a graph of its own, so parameters would be missing from it.
+        CoverageError: the pass builds a graph of its own, so parameters would be missing from it; or it is a backward
+            pass that was not noticed.
     """
     if torch.is_grad_enabled():
         raise CoverageError(
             "A gradient is taken with create_graph=True through a recorded model; its parameters have no part in it.",
             fix="no gradient penalties on the private model, or disable_hooks() before that forward",
+        )
+    if not _taking and not _local.busy:
+        raise CoverageError(
+            "A backward pass runs through a recorded model unnoticed: its parameters would receive nothing.",
+            fix="call loss.backward() or torch.autograd.backward(loss), not a reference to that function from before "
+            "the model was wrapped",
         )

@@ -53,7 +53,8 @@ def clipped_backward(hooks: Any, optimizer: Any, losses: Tensor) -> None:
             seed = Seed.of(losses, ExampleAxis(0, 1, batch, 1)) if batch else None
             decide(reached, [losses], seed, False)
         publish = [owner.prepare_backward(recordings) for owner, recordings in owners.items()]
-        sums = _clipped_sums(hooks, mine, losses, bound, reached.leaves)
+        with backward.untouched(reached):
+            sums = _clipped_sums(hooks, mine, losses, bound, reached.leaves)
         parameters = mine[0].parameters
         backward.inject([parameters[n] for n in sums], list(sums.values()))
         for each in publish:
@@ -109,7 +110,9 @@ def _clipped_sums(
     again = bool(kept) or hooks.strategy == "two_pass"
     gradients = hooks.collect(recordings, forget=hooks.strategy == "two_pass")
     with _restored(kept):
-        backward.send(losses, torch.full_like(losses, 1.0 / scale), again)
+        undecided = any(recording.undecided for recording in recordings)
+        backward.send(losses, torch.full_like(losses, 1.0 / scale), again or undecided)
+        backward.settle(recordings)
     with torch.no_grad():
         norms = hooks.set_norms(recordings[0], gradients, scale)
         dropped = ~torch.isfinite(norms)

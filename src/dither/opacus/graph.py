@@ -6,7 +6,7 @@ over unmarked nodes gives the frontier: the marked places that the loss reads fi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -18,6 +18,8 @@ from dither.capture.coverage import Seed
 from dither.capture.examples import ExampleAxis
 
 _MARK = "dither"
+_PICKS = ("Index", "Gather", "Scatter", "Take", "Masked", "Sort", "Topk", "Put", "Repeat", "Unique")
+"""In the names of graph nodes whose operation picks entries by a tensor of indices or a mask."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,10 @@ class Reached:
         owners: every recording behind the roots.
         calls: the place of every recorded operation, by recording (its id) and call index.
         leaves: every leaf that autograd itself would give a gradient.
-        structure: hash of the graph's node names, in the order of the walk.
+        structure: hash of the graph: its nodes and what feeds them; before the frontier also their options.
+        loss: nodes before the frontier, what the roots compute from what they read.
+        volatile: whether the loss picks entries by an index tensor, so that an equal structure may mean another loss.
+        checkpointed: whether an activation checkpoint of the reentrant kind lies behind the roots.
     """
 
     frontier: list[tuple[GradientEdge, Place]] = field(default_factory=list)
@@ -69,6 +74,9 @@ class Reached:
     calls: dict[int, dict[int, GradientEdge]] = field(default_factory=dict)
     leaves: list[Tensor] = field(default_factory=list)
     structure: int = 0
+    loss: list[Any] = field(default_factory=list)
+    volatile: bool = False
+    checkpointed: bool = False
 
 
 def mark(tensor: Tensor, owner: Any, call: int | None = None) -> None:
@@ -81,37 +89,39 @@ def mark(tensor: Tensor, owner: Any, call: int | None = None) -> None:
 
 def reach(roots: Sequence[Tensor]) -> Reached:
     """Walk the graph behind the roots, first up to the frontier, then on."""
-    found, names = Reached(), [""]
-    seen: set[_Node] = set()
-    crossed: list[tuple[_Node, int]] = []
+    found = Reached()
+    order: dict[Any, Any] = {}
+    crossed: dict[tuple[Any, int], Place] = {}
     edges = [get_gradient_edge(root) for root in roots if root.requires_grad]
-    _walk([(edge.node, edge.output_nr) for edge in edges], seen, names, found, crossed)
-    _walk(crossed, seen, names, found, None)
-    found.structure = hash(tuple(names))
+    _walk([(edge.node, edge.output_nr) for edge in edges], order, found, crossed)
+    found.loss = list(order)
+    found.volatile = any(word in node.name() for node in order for word in _PICKS)
+    found.frontier = [(GradientEdge(node, output), place) for (node, output), place in crossed.items()]
+    _walk(list(crossed), order, found, None)
+    numbers = {node: number for number, node in enumerate(order)}
+    wiring = tuple(
+        (node.name(), options, tuple((numbers.get(parent), output) for parent, output in node.next_functions))
+        for node, options in order.items()
+    )
+    found.structure = hash(wiring)
+    found.checkpointed = any(name == "CheckpointFunctionBackward" for name, *_ in wiring)
     return found
 
 
 def _walk(
-    stack: list[tuple[Any, int]],
-    seen: set[_Node],
-    names: list[str],
-    found: Reached,
-    crossed: list[tuple[_Node, int]] | None,
+    stack: list[tuple[Any, int]], order: dict[Any, Any], found: Reached, crossed: dict[tuple[Any, int], Place] | None
 ) -> None:
-    """Depth first; with `crossed`, stop at marked places and list them there."""
+    """Depth first; with `crossed`, stop at marked places and list them there, and note the nodes' options."""
     while stack:
         node, output = stack.pop()
         marks: dict[tuple[int, bool], Place] = node.metadata.get(_MARK, {})
         place = marks.get((output, True)) or marks.get((output, False))
         if place is not None and crossed is not None:
-            if (node, output) not in crossed:
-                found.frontier.append((GradientEdge(node, output), place))
-                crossed.append((node, output))
+            crossed.setdefault((node, output), place)
             continue
-        if node in seen:
+        if node in order:
             continue
-        seen.add(node)
-        names.append(node.name())
+        order[node] = None if crossed is None else _options(node)
         for (number, _), marked in marks.items():
             if not any(marked.owner is owner for owner in found.owners):
                 found.owners.append(marked.owner)
@@ -123,56 +133,19 @@ def _walk(
         stack.extend((parent, number) for parent, number in node.next_functions if parent is not None)
 
 
-def coupled_by(roots: Sequence[Tensor], seeds: Sequence[Seed], groups: Iterable[list[int]]) -> list[int] | None:
-    """Whether a loss couples the examples of the tensors that it reads.
-
-    A loss is a sum of one term per example exactly if its derivative by one example's entries does not depend on
-    another example's entries. The derivative is taken with its own graph, and NaN is sent through that.
-
-    Args:
-        roots: losses.
-        seeds: the places that the losses read.
-        groups: groups of examples to separate from the rest.
-
-    Returns:
-        A group that depends on an example outside of it, or None.
-    """
-    edges = [seed.edge for seed in seeds]
-    total = torch.stack([root.sum() for root in roots if root.requires_grad]).sum()
-    with torch.enable_grad():
-        derivatives = torch.autograd.grad(total, edges, create_graph=True, allow_unused=True)
-    live = [(seed, d) for seed, d in zip(seeds, derivatives, strict=True) if d is not None and d.requires_grad]
-    if not live:
-        return None
-    poisoned: list[Tensor | None] | None = None
-    for group in groups:
-        sent = _second_order(live, edges, group)
-        if not _leaves_group(seeds, sent, group):
-            continue
-        poisoned = _second_order(live, edges, []) if poisoned is None else poisoned
-        pairs = zip(sent, poisoned, strict=True)
-        fresh = [s if s is None or p is None else s.masked_fill(p.isnan(), 0) for s, p in pairs]
-        if _leaves_group(seeds, fresh, group):
-            return group
-    return None
+_option_names: dict[str, list[str]] = {}
 
 
-def _second_order(
-    live: Sequence[tuple[Seed, Tensor]], edges: list[GradientEdge], group: list[int]
-) -> list[Tensor | None]:
-    derivatives = [derivative for _, derivative in live]
-    poison = [seed.poison(group).to(derivative.dtype) for seed, derivative in live]
-    return list(torch.autograd.grad(derivatives, edges, poison, retain_graph=True, allow_unused=True))
+def _options(node: Any) -> tuple[Any, ...]:
+    """What a node keeps of its operation's axes, sizes and flags; not its tensors and not its numbers."""
+    names = _option_names.get(node.name())
+    if names is None:
+        kept = [name for name in dir(node) if name.startswith("_saved_")]
+        names = _option_names[node.name()] = [name for name in kept if _is_option(getattr(node, name, None))]
+    return tuple(getattr(node, name, None) for name in names)
 
 
-def _leaves_group(seeds: Sequence[Seed], received: Sequence[Tensor | None], group: list[int]) -> bool:
-    """Whether an entry of an example outside the group is NaN."""
-    for seed, gradient in zip(seeds, received, strict=True):
-        if gradient is None:
-            continue
-        outside = torch.ones(seed.layout.batch, dtype=torch.bool, device=gradient.device)
-        outside[group] = False
-        rows = gradient.movedim(seed.layout.axis, 0)[outside[seed.layout.owners(gradient.device)]]
-        if bool(rows.isnan().any()):
-            return True
-    return False
+def _is_option(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(_is_option(item) for item in value)
+    return isinstance(value, (bool, int, str))

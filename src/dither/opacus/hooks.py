@@ -18,11 +18,11 @@ from opacus.grad_sample.functorch import prepare_layer
 from opacus.layers.dp_rnn import RNNLinear
 from torch import Tensor, nn
 
+from dither.capture.uses import ParamUse
 from dither.clipping.backward import Gradients
 from dither.clipping.gradients import NotFormed
-from dither.errors import ExampleAxisError
 from dither.opacus import backward
-from dither.opacus.recording import ModuleRecording
+from dither.opacus.recording import KnownInputs, ModuleRecording
 
 _add_hooks = stock.GradSampleHooks.add_hooks
 _remove_hooks = stock.GradSampleHooks.remove_hooks
@@ -35,6 +35,7 @@ class _Forward:
     def __init__(self) -> None:
         self.recording: ModuleRecording | None = None
         self.depth = 0
+        self.inputs = KnownInputs()
         self.alive: weakref.WeakSet[ModuleRecording] = weakref.WeakSet()
 
     def __deepcopy__(self, memo: Any) -> _Forward:
@@ -134,16 +135,20 @@ class GradSampleHooks(stock.GradSampleHooks):
                     found[name] = parameter
         return found
 
-    def _before_forward(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+    def _before_forward(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         forward = self._recording_state
         if forward.recording is not None:
             forward.depth += 1
-        elif self.hooks_enabled and module.training and torch.is_grad_enabled():
+            return None
+        if self.hooks_enabled and module.training and torch.is_grad_enabled():
             parameters = self._to_record()
             if parameters and any(p.requires_grad for p in module.parameters()):
-                forward.recording = ModuleRecording(self._module, parameters, self.batch_first)
+                backward.attach(self)  # a copy, or one that was loaded, is not yet
+                forward.recording = ModuleRecording(self._module, parameters, self.batch_first, forward.inputs)
                 forward.recording.hooks = weakref.ref(self)
                 forward.depth = 1
+                return forward.recording.follow((args, kwargs))
+        return None
 
     def _after_forward(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         forward = self._recording_state
@@ -217,26 +222,25 @@ def receiver(recording: ModuleRecording, gradients: Gradients, scale: float, for
     """A sink that hands output gradients, times `scale`, to the collectors; `forget`: which keep norms only."""
     uses = recording.uses_by_call()
 
+    def receive(use: ParamUse, gradient: Tensor) -> None:
+        gradients.receive(use, gradient)
+        collector = gradients.collectors.get(use.name)
+        if forget and isinstance(collector, NotFormed):
+            collector.forget()
+
     def sink(call: int, output: int, gradient: Tensor) -> None:
         if not recording.batch:
             return
+        gradient = gradient if scale == 1.0 else gradient * scale
         if uses[call][0].axis is None:
             if bool(gradient.any()):
-                raise ExampleAxisError(
-                    f"Gradient reaches {recording.tape.calls[call].name} (parameter {uses[call][0].name}) that did not "
-                    "when the examples' places were decided.",
-                    fix="return every tensor that the loss uses from the module, the examples on the batch axis",
-                )
+                recording.late.append((call, gradient))
             return
         recording.tape.calls[call].check_unchanged()
-        if scale != 1.0:
-            gradient = gradient * scale
         for use in uses[call]:
-            gradients.receive(use, gradient)
-            collector = gradients.collectors.get(use.name)
-            if forget and isinstance(collector, NotFormed):
-                collector.forget()
+            receive(use, gradient)
 
+    recording.receive = receive
     return sink
 
 

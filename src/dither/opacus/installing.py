@@ -8,7 +8,7 @@ references that no module holds, such as a name inside a running function.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import ModuleType, TracebackType
 from typing import Any
 
@@ -38,6 +38,9 @@ FUNCTIONS: dict[Callable[..., Any], Callable[..., Any]] = {
 
 _REPLACEMENTS: dict[Any, Any] = {**CLASSES, **FUNCTIONS}
 
+_bound: list[tuple[ModuleType, str]] = []
+"""Names outside of Opacus that `install` bound; those that others imported from here are not for `uninstall`."""
+
 _state = {"installed": False}
 
 
@@ -64,17 +67,19 @@ def install() -> Installation:
     """
     if not installed():
         _state["installed"] = True
-        _rebind(_REPLACEMENTS)
+        _bound.extend(_rebind(_REPLACEMENTS, [(m, name) for m in _modules() for name in list(vars(m))]))
         for stock, ours in CLASSES.items():
             _redirect(stock, ours)
     return Installation()
 
 
 def uninstall() -> None:
-    """Undo `install()`: `opacus` is what it was. Models that were wrapped in between stay as they are."""
+    """Undo `install()`: `opacus` is what it was. What was wrapped or imported in between stays as it is."""
     if installed():
         _state["installed"] = False
-        _rebind({ours: stock for stock, ours in _REPLACEMENTS.items()})
+        own = [(m, name) for m in _modules() if _top(m) == "opacus" for name in list(vars(m))]
+        _rebind({ours: stock for stock, ours in _REPLACEMENTS.items()}, [*own, *_bound])
+        _bound.clear()
 
 
 def installed() -> bool:
@@ -82,20 +87,25 @@ def installed() -> bool:
     return _state["installed"]
 
 
-def _rebind(replacements: Mapping[Any, Any]) -> None:
+def _rebind(replacements: Mapping[Any, Any], places: Iterable[tuple[ModuleType, str]]) -> list[tuple[ModuleType, str]]:
+    """Bind what is replaced to its replacement in those places; return where."""
     by_id = {id(old): new for old, new in replacements.items()}
-    for module in _modules():
-        for name, value in list(vars(module).items()):
-            new = by_id.get(id(value))
-            if new is not None:
-                setattr(module, name, new)
+    found = []
+    for module, name in places:
+        new = by_id.get(id(vars(module).get(name)))
+        if new is not None:
+            setattr(module, name, new)
+            found.append((module, name))
+    return found
 
 
-def _modules() -> Iterator[ModuleType]:
+def _modules() -> list[ModuleType]:
     """Every loaded module but this package's own."""
-    for name, module in list(sys.modules.items()):
-        if isinstance(module, ModuleType) and name.partition(".")[0] != "dither":
-            yield module
+    return [m for m in list(sys.modules.values()) if isinstance(m, ModuleType) and _top(m) != "dither"]
+
+
+def _top(module: ModuleType) -> str:
+    return module.__name__.partition(".")[0]
 
 
 def _redirect(stock: Any, ours: type) -> None:

@@ -8,22 +8,23 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from dither.capture.coverage import Probe, Seed, decide_examples, send_back_to, separating_groups
+from dither.capture.coverage import Places, Probe, Seed, decide_examples, send_back_to
 from dither.capture.examples import ExampleAxis, candidates
-from dither.capture.recorder import Recorder
-from dither.capture.uses import OpCall
+from dither.capture.recorder import Recorder, alias
+from dither.capture.uses import OpCall, ParamUse, map_tensors
 from dither.clipping.backward import Recorded
 from dither.errors import CaptureError, CoupledExamplesError, CoverageError, ExampleAxisError
-from dither.opacus.graph import Place, Reached, coupled_by, mark
+from dither.opacus.graph import Place, Reached, mark
+from dither.opacus.separable import prove_separable
 from dither.rules import claim
 
 _KEEPS_AXES = {F.linear, F.embedding}
@@ -52,6 +53,21 @@ def tensors_of(tree: Any, depth: int = 8) -> Iterator[Tensor]:
         yield from tensors_of(vars(tree), depth - 1)
 
 
+@dataclass
+class KnownInputs:
+    """What earlier forwards told of a module's inputs.
+
+    Attributes:
+        seen: shapes of inputs that were followed into the graph before.
+        free: inputs, by their place among all, that had another size than the batch once: not one row per example.
+        forwards: how many there were.
+    """
+
+    seen: set[Any] = field(default_factory=set)
+    free: set[int] = field(default_factory=set)
+    forwards: int = 0
+
+
 class ModuleRecording(Recorded):
     """A forward pass of a module under the recorder.
 
@@ -59,18 +75,55 @@ class ModuleRecording(Recorded):
         model: the module whose parameters are recorded.
         parameters: those parameters by name.
         batch_first: whether inputs and outputs have the examples on axis 0, or on axis 1 from two axes on.
+        inputs: what earlier forwards told.
     """
 
-    def __init__(self, model: nn.Module, parameters: dict[str, Tensor], batch_first: bool) -> None:
+    def __init__(
+        self, model: nn.Module, parameters: dict[str, Tensor], batch_first: bool, inputs: KnownInputs | None = None
+    ) -> None:
         super().__init__(model, parameters)
         self._batch_first = batch_first
+        self.inputs = KnownInputs() if inputs is None else inputs
         self.known: dict[int, ExampleAxis] = {}
+        self._given: list[Tensor] = []
+        self.followed: dict[int, GradientEdge] = {}
         self.sizes: set[int] = set()
+        self.disagreeing: list[int] = []
         self.published = False
         self.merges = False
         self.hooks: Callable[[], Any] = lambda: None
+        self.late: list[tuple[int, Tensor]] = []
+        self.end_pass()
         self.recorder = Recorder(parameters, model.buffers(), claim, lambda output, call: mark(output, self, call))
         self.recorder.__enter__()
+
+    def end_pass(self) -> None:
+        """Forget what holds on to the graph, which holds on to this recording: no collector sees that circle."""
+        self.decide_again: Callable[[], Any] = lambda: None
+        self.receive: Callable[[ParamUse, Tensor], None] = lambda use, gradient: None
+        self.late.clear()
+
+    def follow(self, inputs: Any) -> Any:
+        """The inputs, floating-point tensors with a place in the graph, so that a proof sees what mixes them.
+
+        Only where their shapes are new, and at the 2nd, 4th, 8th... forward.
+        """
+        known, given = self.inputs, list(tensors_of(inputs))
+        shapes = tuple(tensor.shape for tensor in given)
+        known.forwards += 1
+        if shapes in known.seen and known.forwards & (known.forwards - 1):
+            return inputs
+        known.seen.add(shapes)
+        positions = {id(tensor): position for position, tensor in enumerate(given)}
+
+        def followed(tensor: Tensor) -> Tensor:
+            if tensor.requires_grad or not tensor.is_floating_point() or type(tensor) is not Tensor:
+                return tensor
+            tracked = alias(tensor, self.recorder.anchor)
+            self.followed[-1 - positions[id(tensor)]] = get_gradient_edge(tracked)
+            return tracked
+
+        return map_tensors(followed, inputs)
 
     def finish(self, inputs: Any, output: Any) -> None:
         """Stop recording; find the batch size and mark the module's outputs.
@@ -82,20 +135,46 @@ class ModuleRecording(Recorded):
         self.recorder.__exit__(None, None, None)
         self.take(self.recorder)
         del self.recorder
-        given, returned = list(tensors_of(inputs)), list(tensors_of(output))
+        given = list(tensors_of(inputs))
+        returned = [t for t in tensors_of(output) if t.requires_grad and not any(t is other for other in given)]
         self.batch = self._batch_size(given, returned)
-        self.known = self._anchored(given)
+        self._given = given
         for tensor in returned:
-            if tensor.requires_grad and tensor.grad_fn is not None and self._is_batched(tensor):
+            if tensor.grad_fn is not None and self._is_batched(tensor):
                 mark(tensor, self)
+
+    def place_inputs(self) -> None:
+        """Where the examples lie in the inputs, and in operations on them, now that the batch size is certain."""
+        given, self._given = self._given, []
+        self.known |= self._anchored(given)
+        for position, tensor in enumerate(given):
+            if not self._is_batched(tensor):
+                self.inputs.free.add(position)
+            index = -1 - position
+            if position in self.inputs.free:
+                self.followed.pop(index, None)
+            elif index in self.followed:
+                self.known[index] = ExampleAxis(self.axis_of(tensor.dim()), 1, self.batch, 1)
+
+    def deliver_late(self, late: Sequence[tuple[int, Tensor]]) -> None:
+        """Hand over output gradients whose places are decided only now."""
+        uses = self.uses_by_call()
+        for call, gradient in late:
+            if uses[call][0].axis is None and not bool(torch.isfinite(gradient).any()):
+                # The model has diverged: every example's gradient is NaN, wherever it lies, and every one is left out.
+                layouts = candidates(gradient.shape, self.batch)
+                anywhere = min(layouts, key=lambda layout: layout.axis, default=None)
+                uses[call] = [replace(use, axis=anywhere) for use in uses[call]]
+            for use in uses[call]:
+                self.receive(use, gradient)
 
     def explained(self, error: CoupledExamplesError) -> CoupledExamplesError:
         """The same refusal; where inputs and outputs differ in their batch axis, with what that may mean."""
-        if len(self.sizes) < 2:
+        if len(self.disagreeing) < 2:
             return error
         axis = 0 if self._batch_first else 1
         return CoupledExamplesError(
-            f"{error.what}\n  Inputs and outputs of the module have sizes {sorted(self.sizes)} on axis {axis}, where "
+            f"{error.what}\n  Inputs and outputs of the module have sizes {self.disagreeing} on axis {axis}, where "
             f"batch_first={self._batch_first} says that the examples lie; {self.batch} was taken.",
             fix=f"if the module takes time-first input, wrap it with batch_first={not self._batch_first}; otherwise "
             + error.fix,
@@ -116,6 +195,7 @@ class ModuleRecording(Recorded):
             for tensors in (given, returned)
         )
         self.sizes = {int(size) for size in sizes}
+        self.disagreeing = sorted({int(size) for size in (*sizes, *outputs)})
         for size in sizes:
             if size in outputs:
                 return int(size)
@@ -165,27 +245,52 @@ def decide(reached: Reached, roots: Sequence[Tensor], losses: Seed | None, verif
         CaptureError: its other kinds.
     """
     recordings: list[ModuleRecording] = [owner for owner in reached.owners if owner.batch]
-    anew = [r for r in recordings if r.recall(reached.structure) is None]
-    seeds: list[Seed] = []
-    if anew:
-        seeds = [losses] if losses is not None else _frontier_seeds(reached)
     for recording in recordings:
-        probe = _probe(recording, reached, seeds) if recording in anew else _never
+        recording.place_inputs()
+    seeds: list[Seed] = []
+
+    def seeded() -> list[Seed]:
+        if not seeds:
+            seeds.extend([losses] if losses is not None else _frontier_seeds(reached))
+        return seeds
+
+    order = _order_of_loss(reached, losses) if losses is not None and reached.volatile else None
+    anew = False
+    for position, recording in enumerate(recordings):
+        probe = _Probing(recording, reached, seeded)
+        context = (reached.structure, position, order)
+        recording.decide_again = partial(recording.decide_anew, probe, recording.known, context)
         try:
-            recording.decide(probe, recording.known, reached.structure)
+            anew |= recording.decide(probe, recording.known, context)
         except CoupledExamplesError as error:
             raise recording.explained(error) from error
-    if losses is None and verify_loss and any(r.batch > 1 for r in anew):
-        _prove_separable(roots, seeds)
+    if losses is None and verify_loss and (anew or reached.volatile) and any(r.batch > 1 for r in recordings):
+        prove_separable(roots, seeded(), reached.loss)
 
 
-def _never(examples: list[int] | None) -> dict[int, Tensor]:
-    raise AssertionError("layouts were recalled")
+def _order_of_loss(reached: Reached, losses: Seed) -> tuple[ExampleAxis | None, ...]:
+    """Where each example's loss reads the module's outputs, for losses that pick entries by index."""
+    edges = {number: edge for number, (edge, _) in enumerate(reached.frontier)}
+    shapes = {number: place.shape for number, (_, place) in enumerate(reached.frontier)}
+    places = Places(shapes, lambda number: f"an output of the module that the loss reads, number {number}")
+    found = decide_examples(places, losses.layout.batch, partial(send_back_to, edges, [losses]))
+    return tuple(found[number] for number in sorted(found))
+
+
+@dataclass(frozen=True, eq=False)
+class _Probing:
+    """Sends NaN from the seeds with as many examples as the recording; the others must not reach it."""
+
+    recording: ModuleRecording
+    reached: Reached
+    seeds: Callable[[], Sequence[Seed]]
+
+    def __call__(self, examples: list[int] | None) -> dict[int, Tensor]:
+        return _probe(self.recording, self.reached, self.seeds())(examples)
 
 
 def _probe(recording: ModuleRecording, reached: Reached, seeds: Sequence[Seed]) -> Probe:
-    """Sends NaN from the seeds with as many examples as the recording; the others must not reach it."""
-    places = reached.calls.get(id(recording), {})
+    places = {**reached.calls.get(id(recording), {}), **recording.followed}
     same = [seed for seed in seeds if seed.layout.batch == recording.batch]
     others = [seed for seed in seeds if seed.layout.batch != recording.batch]
     if not same:
@@ -222,7 +327,7 @@ def _layout_at(edge: GradientEdge, place: Place, seeds: Sequence[Seed], reached:
     same = [seed for seed in seeds if seed.layout.batch == recording.batch]
     if known is None and same:
         axes = decide_examples(
-            recording.tape, recording.batch, _probe(recording, reached, same), False, recording.known
+            Places.of(recording.tape), recording.batch, _probe(recording, reached, same), False, recording.known
         )
         known = axes.get(place.call)
     return known or _only_layout(edge, place, same, reached)
@@ -243,7 +348,7 @@ def _only_layout(edge: GradientEdge, place: Place, others: list[Seed], reached: 
             continue  # the features of a layer
         probe = _probe(recording, reached, [*others, place.seed(edge, layout)])
         try:
-            axes = decide_examples(recording.tape, recording.batch, probe, True, recording.known)
+            axes = decide_examples(Places.of(recording.tape), recording.batch, probe, True, recording.known)
         except CaptureError as refusal:
             error = error or refusal
             continue
@@ -260,17 +365,3 @@ def _only_layout(edge: GradientEdge, place: Place, others: list[Seed], reached: 
         fix="return the predictions or the per-example losses from the module, the examples on the batch axis, and "
         "compute the loss outside of it",
     )
-
-
-def _prove_separable(roots: Sequence[Tensor], seeds: Sequence[Seed]) -> None:
-    """Raise CoupledExamplesError unless the loss is a sum of one term per example of what it reads."""
-    for batch in {seed.layout.batch for seed in seeds if seed.layout.batch > 1}:
-        groups, _ = separating_groups(batch)
-        coupled = coupled_by(roots, [seed for seed in seeds if seed.layout.batch == batch], groups)
-        if coupled is not None:
-            which = f"example {coupled[0]}" if len(coupled) == 1 else f"{len(coupled)} examples"
-            raise CoupledExamplesError(
-                f"The loss couples the examples: its derivative by the outputs of {which} depends on other examples.",
-                fix="let the loss be a mean or a sum of one term per example (no statistics over the batch, no root or "
-                "logarithm of the batch mean, no in-batch negatives)",
-            )
