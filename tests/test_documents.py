@@ -31,7 +31,7 @@ def small():
 
 
 def test_readme_training(small, capsys):
-    code = blocks("README.md")[0]
+    code = blocks("README.md")[1]
     names = {
         **small,
         "optimizer": torch.optim.Adam(small["model"].parameters()),
@@ -43,9 +43,15 @@ def test_readme_training(small, capsys):
     assert len(capsys.readouterr().out.splitlines()) == 3
 
 
+def test_readme_opacus(opacus_names):
+    names: dict = {}
+    exec(blocks("README.md")[0], names)
+    assert names["PrivacyEngine"] is opacus_names["PrivacyEngine"]
+
+
 def test_readme_clipped_sum(small):
     names = dict(small)
-    exec(blocks("README.md")[1], names)
+    exec(blocks("README.md")[2], names)
     assert names["result"].norms.shape == (40,)
     assert names["result"].sensitivity == 1.0
 

@@ -7,6 +7,7 @@ import inspect
 import pytest
 
 import dither
+import dither.opacus
 from dither.cli import budget, options, sample
 from dither.cli.main import COMMANDS
 
@@ -63,6 +64,24 @@ OPTIONS = {
         "config dataset_size batch_size delta epsilon noise_multiplier steps json",
     ),
 }
+
+
+OPACUS_NAMES = """
+    AbstractGradSampleHooks AbstractGradSampleModule AdaClipDPOptimizer BatchMemoryManager DPDataLoader
+    DPLossFastGradientClipping DPOptimizer DPOptimizerFastGradientClipping DPPerLayerOptimizer
+    DPTensorFastGradientClipping DifferentiallyPrivateDistributedDataParallel DistributedDPOptimizer
+    DistributedDPOptimizerFastGradientClipping GaussianAccountant GradSampleHooks GradSampleHooksFastGradientClipping
+    GradSampleHooksNoOp GradSampleModule GradSampleModuleExpandedWeights GradSampleModuleFastGradientClipping
+    GradSampleModuleNoOp ModuleValidator PRVAccountant PrivacyEngine RDPAccountant SimpleDistributedPerLayerOptimizer
+    create_or_accumulate_grad_sample get_gsm_class get_hooks_class get_noise_multiplier get_optimizer_class install
+    installed opacus_version prepare_module register_grad_sampler register_module_fixer register_module_validator
+    register_norm_sampler switch_generator uninstall wrap_collate_with_empty wrap_data_loader wrap_model
+"""
+
+
+def test_opacus_names():
+    assert set(dither.opacus.__all__) == set(OPACUS_NAMES.split())
+    assert all(hasattr(dither.opacus, name) for name in dither.opacus.__all__)
 
 
 def test_names():

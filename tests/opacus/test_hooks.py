@@ -315,6 +315,12 @@ def test_a_penalty_on_weights_and_gradients_of_gradients_are_refused():
     assert torch.autograd.grad(wrapped(x).square().mean(), x)[0].shape == x.shape
 
 
+def test_forwards_of_different_sizes_in_one_loss_are_refused():
+    wrapped = GradSampleModule(nn.Linear(3, 2))
+    with pytest.raises(errors.CoverageError, match="one loss"):
+        (wrapped(torch.randn(4, 3)).mean() + wrapped(torch.randn(3, 3)).mean()).backward()
+
+
 def test_batch_norm_is_refused_before_training():
     with pytest.raises(NotImplementedError, match=r"ModuleValidator\.fix"):
         GradSampleModule(nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import limits_table
-import opacus
 import pytest
 from limits import LIMITS, Limit
 from limits_measure import DITHER, MODES, OPACUS, outcome
@@ -21,7 +20,6 @@ def test_dither(limit: Limit, mode: str) -> None:
     assert limits_table.fulfils(found.category, limit.dither[MODES.index(mode)]), found.words
 
 
-@pytest.mark.skipif(not opacus.__version__.startswith("1.6"), reason="the page describes Opacus 1.6")
 @each_mode
 @each_row
 def test_opacus(limit: Limit, mode: str) -> None:

@@ -61,9 +61,24 @@ def nothing_escapes(losses: Tensor, parameters: Mapping[str, Tensor]) -> Iterato
         if id(leaf) in names:
             raise _escaped(names[id(leaf)])
         others.append((leaf, leaf.grad))
-    before = {name: p.grad for name, p in parameters.items()}
     for leaf, _ in others:
         leaf.grad = None
+    try:
+        with untouched(parameters):
+            yield
+    finally:
+        for leaf, grad in others:
+            leaf.grad = grad
+
+
+@contextmanager
+def untouched(parameters: Mapping[str, Tensor]) -> Iterator[None]:
+    """Run backward passes inside; no parameter may receive a gradient by itself, and each `.grad` is left as it was.
+
+    Raises:
+        CoverageError: one did, or an activation checkpoint recomputes what was recorded.
+    """
+    before = {name: p.grad for name, p in parameters.items()}
     for parameter in parameters.values():
         parameter.grad = None
     try:
@@ -72,15 +87,19 @@ def nothing_escapes(losses: Tensor, parameters: Mapping[str, Tensor]) -> Iterato
             if parameter.grad is not None:
                 raise _escaped(name)
     except CheckpointError as error:
-        raise CoverageError(
-            "An activation checkpoint recomputes its layers outside the recorder: their gradients would escape.",
-            fix="turn activation checkpointing off; strategy='two_pass' and smaller micro-batches save memory too",
-        ) from error
+        raise checkpoint_escapes() from error
     finally:
-        for leaf, grad in others:
-            leaf.grad = grad
         for name, parameter in parameters.items():
             parameter.grad = before[name]
+
+
+def checkpoint_escapes() -> CoverageError:
+    """The refusal of activation checkpoints."""
+    return CoverageError(
+        "An activation checkpoint recomputes its layers outside the recorder: their gradients would escape.",
+        fix="turn activation checkpointing off; flash clipping (strategy='two_pass') and smaller micro-batches save "
+        "memory too",
+    )
 
 
 def _escaped(name: str) -> CoverageError:

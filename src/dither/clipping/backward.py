@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -41,6 +41,7 @@ class _Memory:
     axes: dict[int, dict[int, ExampleAxis | None]] = field(default_factory=dict)
     uncoupled: set[Any] = field(default_factory=set)
     buffers: Buffers = field(default_factory=Buffers)
+    relative: dict[int, dict[int, ExampleAxis]] = field(default_factory=dict)
     passes: int = 0
 
     def recall(self, signature: Any) -> dict[int, ExampleAxis | None] | None:
@@ -67,6 +68,16 @@ class _Memory:
         kept = {index: before.get(index) if axis is None else axis for index, axis in axes.items()}
         self.axes[hash(signature)] = kept
         return kept
+
+    def likely(self, trace: int, batch: int, axes: Mapping[int, ExampleAxis | None]) -> dict[int, ExampleAxis]:
+        """Where the examples lay in the same operations with other batch sizes; and remember these axes for that."""
+        if len(self.relative) >= _KEPT_LAYOUTS:
+            self.relative.clear()
+        known = self.relative.setdefault(trace, {})
+        before = {index: replace(axis, batch=batch) for index, axis in known.items()}
+        if batch > 1:
+            known.update({index: axis for index, axis in axes.items() if axis is not None})
+        return before
 
 
 _memories: weakref.WeakKeyDictionary[nn.Module, _Memory] = weakref.WeakKeyDictionary()
@@ -102,6 +113,7 @@ class Recorded:
         self.tape = Tape()
         self.batch = 0
         self.undecided = False
+        self.likely: dict[int, ExampleAxis] = {}
         self._memory = _memories.setdefault(model, _Memory())
         self._trace: tuple[Any, ...] = ()
         self._reorders = False
@@ -160,10 +172,13 @@ class Recorded:
     ) -> dict[int, ExampleAxis | None]:
         """Probe, and remember the layouts."""
         # Every pair of examples once for each sequence of operations; other batch sizes of it need the layouts only.
-        sequence = (hash(relative_to(self.batch, self._trace)), self.batch > 2, context)
+        trace = hash(relative_to(self.batch, self._trace))
+        sequence = (trace, self.batch > 2, context)
         axes = decide_examples(Places.of(self.tape), self.batch, probe, sequence not in self._memory.uncoupled, known)
         self._memory.uncoupled.add(sequence)
-        return self._memory.keep(self._signature(context), axes)
+        axes = self._memory.keep(self._signature(context), axes)
+        self.likely = self._memory.likely(trace, self.batch, axes)
+        return axes
 
     def _signature(self, context: Any) -> Any:
         """What must be the same for decided places to hold: every operation, its options, and every output's shape.

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointError
 
-from dither.capture.coverage import Seed, with_axes
-from dither.capture.examples import ExampleAxis
+from dither.capture.coverage import checkpoint_escapes, untouched, with_axes
 from dither.errors import CoverageError
+from dither.opacus.deciding import decide
 from dither.opacus.graph import Reached, reach
-from dither.opacus.recording import ModuleRecording, decide
+from dither.opacus.recording import ModuleRecording
 
 Sink = Callable[[int, int, Tensor], None]
 
@@ -107,7 +107,7 @@ def _backward(
         with quiet(reached):
             decide(reached, roots, None, all(owner.verify_loss for owner in owners_of(reached)))
         publish = [owner.prepare_backward(recordings) for owner, recordings in owners_of(reached).items()]
-        with untouched(reached):
+        with untouched(parameters_of(reached)):
             run(retain=any(recording.undecided for recording in reached.owners))
             settle(reached.owners)
         for each in publish:
@@ -162,12 +162,12 @@ def session(reached: Reached) -> Iterator[None]:
     for recording in reached.owners:
         recording.tape.sink = ignore
     if reached.checkpointed:
-        raise _checkpoint()
+        raise checkpoint_escapes()
     _local.busy = True
     try:
         yield
     except CheckpointError as error:
-        raise _checkpoint() from error
+        raise checkpoint_escapes() from error
     finally:
         _local.busy = False
         for recording in reached.owners:
@@ -175,36 +175,10 @@ def session(reached: Reached) -> Iterator[None]:
             recording.end_pass()
 
 
-def _checkpoint() -> CoverageError:
-    return CoverageError(
-        "An activation checkpoint recomputes its layers outside the recorder: their gradients would escape.",
-        fix="turn activation checkpointing off; grad_sample_mode='ghost' and BatchMemoryManager save memory too",
-    )
-
-
-@contextmanager
-def untouched(reached: Reached) -> Iterator[None]:
-    """Run the backward pass inside: no recorded parameter may receive a gradient by itself.
-
-    Raises:
-        CoverageError: one did; its `.grad` is what it was before.
-    """
-    parameters = {name: p for recording in reached.owners for name, p in recording.parameters.items()}
-    before = {name: p.grad for name, p in parameters.items()}
-    for parameter in parameters.values():
-        parameter.grad = None
-    try:
-        yield
-        for name, parameter in parameters.items():
-            if parameter.grad is not None:
-                raise CoverageError(
-                    f"Parameter {name} receives gradient outside the recorder, so it would not be clipped.",
-                    fix="use it through torch operations while the module's forward runs, not in a custom "
-                    "autograd.Function, a C++ extension or an activation checkpoint",
-                )
-    finally:
-        for name, parameter in parameters.items():
-            parameter.grad = before[name]
+def parameters_of(reached: Reached) -> dict[str, Tensor]:
+    """The recorded parameters behind a loss, by their recording and name."""
+    found = enumerate(reached.owners)
+    return {f"{name} ({n})" if n else name: p for n, recording in found for name, p in recording.parameters.items()}
 
 
 def settle(recordings: Sequence[ModuleRecording]) -> None:
@@ -234,14 +208,9 @@ def inject(parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
         _unwrapped["backward"](list(parameters), list(gradients))
 
 
-def send(losses: Tensor, weights: Tensor, retain_graph: bool, inputs: Any = None) -> None:
+def send(losses: Tensor, weights: Tensor, retain_graph: bool) -> None:
     """One plain backward pass inside a session."""
-    _unwrapped["backward"](losses, weights, retain_graph, inputs=inputs)
-
-
-def per_example(losses: Tensor) -> Seed:
-    """The seed at losses of shape (B,)."""
-    return Seed.of(losses, ExampleAxis(0, 1, int(losses.shape[0]), 1))
+    _unwrapped["backward"](losses, weights, retain_graph)
 
 
 def ignore(call: int, output: int, gradient: Tensor) -> None:

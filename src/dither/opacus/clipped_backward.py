@@ -11,14 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dither.capture.coverage import Seed, check_loss
+from dither.capture.coverage import Seed, check_loss, untouched
 from dither.capture.examples import ExampleAxis
 from dither.clipping.backward import Gradients
 from dither.clipping.gradients import NotFormed
 from dither.errors import CoverageError, LossShapeError
 from dither.opacus import backward, provenance
+from dither.opacus.deciding import decide
 from dither.opacus.graph import reach
-from dither.opacus.recording import ModuleRecording, decide
+from dither.opacus.recording import ModuleRecording
 
 
 def clipped_backward(hooks: Any, optimizer: Any, losses: Tensor) -> None:
@@ -53,7 +54,7 @@ def clipped_backward(hooks: Any, optimizer: Any, losses: Tensor) -> None:
             seed = Seed.of(losses, ExampleAxis(0, 1, batch, 1)) if batch else None
             decide(reached, [losses], seed, False)
         publish = [owner.prepare_backward(recordings) for owner, recordings in owners.items()]
-        with backward.untouched(reached):
+        with untouched(backward.parameters_of(reached)):
             sums = _clipped_sums(hooks, mine, losses, bound, reached.leaves)
         parameters = mine[0].parameters
         backward.inject([parameters[n] for n in sums], list(sums.values()))

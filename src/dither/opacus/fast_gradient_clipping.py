@@ -20,7 +20,7 @@ from dither.clipping.clipped_sum import free_memory
 from dither.clipping.plan import Plan, check_strategy
 from dither.errors import CoverageError
 from dither.opacus import backward, provenance
-from dither.opacus.hooks import GradSampleHooks, plain_gradients, receiver
+from dither.opacus.hooks import GradSampleHooks, check_same_batch, plain_gradients, receiver
 from dither.opacus.recording import ModuleRecording
 
 _stock_init = stock.GradSampleHooksFastGradientClipping.__init__
@@ -60,11 +60,7 @@ class GradSampleHooksFastGradientClipping(GradSampleHooks, stock.GradSampleHooks
         Raises:
             CoverageError: the recordings have different numbers of examples.
         """
-        if len({recording.batch for recording in recordings}) > 1:
-            raise CoverageError(
-                f"Forwards of {sorted(r.batch for r in recordings)} examples are in one loss.",
-                fix="send each batch's loss back by itself, or use GradSampleModule",
-            )
+        check_same_batch(recordings)
         budget = self.memory_budget
         left = free_memory(recordings[0].device) / 2 if budget is None else budget
         gradients = Gradients(recordings, strategy or self.strategy, left)

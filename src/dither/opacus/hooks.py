@@ -7,7 +7,7 @@ and returns. Layers with a sampler that the user registered, and Opacus's RNN ce
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from dither.capture.uses import ParamUse
 from dither.clipping.backward import Gradients
 from dither.clipping.gradients import NotFormed
+from dither.errors import CoverageError
 from dither.opacus import backward
 from dither.opacus.recording import KnownInputs, ModuleRecording
 
@@ -135,6 +136,7 @@ class GradSampleHooks(stock.GradSampleHooks):
                     found[name] = parameter
         return found
 
+    @torch.compiler.disable
     def _before_forward(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         forward = self._recording_state
         if forward.recording is not None:
@@ -147,9 +149,10 @@ class GradSampleHooks(stock.GradSampleHooks):
                 forward.recording = ModuleRecording(self._module, parameters, self.batch_first, forward.inputs)
                 forward.recording.hooks = weakref.ref(self)
                 forward.depth = 1
-                return forward.recording.follow((args, kwargs))
+                return forward.recording.start((args, kwargs))
         return None
 
+    @torch.compiler.disable
     def _after_forward(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         forward = self._recording_state
         if forward.recording is None:
@@ -181,6 +184,7 @@ class GradSampleHooks(stock.GradSampleHooks):
         """Per-example gradients are formed as output gradients arrive; with hooks disabled, ordinary ones."""
         if not self.hooks_enabled:
             return plain_gradients(recordings)
+        check_same_batch(recordings)
         formed = []
         for recording in recordings:
             gradients = Gradients([recording], "hold", None)
@@ -190,7 +194,7 @@ class GradSampleHooks(stock.GradSampleHooks):
 
     def _publish(self, recordings: list[ModuleRecording], formed: list[Gradients]) -> None:
         """Set `.grad_sample`, (B, *shape), and accumulate `.grad`, for every recorded parameter."""
-        batch = max(recording.batch for recording in recordings)
+        batch = recordings[0].batch
         merges = any(recording.published or recording.merges for recording in recordings)
         injected: list[tuple[Tensor, Tensor]] = []
         for name, parameter in recordings[0].parameters.items():
@@ -216,6 +220,16 @@ class GradSampleHooks(stock.GradSampleHooks):
                 "Poisson sampling is not compatible with grad accumulation. Call optimizer.step() after every "
                 "forward/backward pass, or use BatchMemoryManager"
             )
+
+
+def check_same_batch(recordings: Sequence[ModuleRecording]) -> None:
+    """Raise CoverageError if forwards of different numbers of examples are behind one loss: which is which?"""
+    if len({recording.batch for recording in recordings}) > 1:
+        raise CoverageError(
+            f"Forwards of {sorted(r.batch for r in recordings)} examples are in one loss. Row i of each would count as "
+            "one example, so that leaving out one example changes every other.",
+            fix="send each batch's loss back by itself, or give both as many examples",
+        )
 
 
 def receiver(recording: ModuleRecording, gradients: Gradients, scale: float, forget: bool = False) -> backward.Sink:

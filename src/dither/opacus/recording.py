@@ -1,7 +1,7 @@
 """One recorded forward of a module: its batch size, its marked outputs, its examples' places.
 
-The user computes the loss and calls backward, so nothing is decided here: `decide` runs just before the backward pass,
-when the graph from the loss to the recorded operations is complete.
+The user computes the loss and calls backward, so nothing is decided here: that is for `deciding.py`, just before the
+backward pass, when the graph from the loss to the recorded operations is complete.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,14 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from dither.capture.coverage import Places, Probe, Seed, decide_examples, send_back_to
 from dither.capture.examples import ExampleAxis, candidates
 from dither.capture.recorder import Recorder, alias
 from dither.capture.uses import OpCall, ParamUse, map_tensors
 from dither.clipping.backward import Recorded
-from dither.errors import CaptureError, CoupledExamplesError, CoverageError, ExampleAxisError
-from dither.opacus.graph import Place, Reached, mark
-from dither.opacus.separable import prove_separable
+from dither.errors import CoupledExamplesError
+from dither.opacus.graph import mark
 from dither.rules import claim
 
 _KEEPS_AXES = {F.linear, F.embedding}
@@ -95,7 +92,12 @@ class ModuleRecording(Recorded):
         self.late: list[tuple[int, Tensor]] = []
         self.end_pass()
         self.recorder = Recorder(parameters, model.buffers(), claim, lambda output, call: mark(output, self, call))
+
+    def start(self, inputs: Any) -> Any:
+        """Start recording, and return what the module's forward is to be given."""
+        inputs = self._follow(inputs)
         self.recorder.__enter__()
+        return inputs
 
     def end_pass(self) -> None:
         """Forget what holds on to the graph, which holds on to this recording: no collector sees that circle."""
@@ -103,7 +105,7 @@ class ModuleRecording(Recorded):
         self.receive: Callable[[ParamUse, Tensor], None] = lambda use, gradient: None
         self.late.clear()
 
-    def follow(self, inputs: Any) -> Any:
+    def _follow(self, inputs: Any) -> Any:
         """The inputs, floating-point tensors with a place in the graph, so that a proof sees what mixes them.
 
         Only where their shapes are new, and at the 2nd, 4th, 8th... forward.
@@ -160,11 +162,11 @@ class ModuleRecording(Recorded):
         """Hand over output gradients whose places are decided only now."""
         uses = self.uses_by_call()
         for call, gradient in late:
-            if uses[call][0].axis is None and not bool(torch.isfinite(gradient).any()):
-                # The model has diverged: every example's gradient is NaN, wherever it lies, and every one is left out.
-                layouts = candidates(gradient.shape, self.batch)
-                anywhere = min(layouts, key=lambda layout: layout.axis, default=None)
-                uses[call] = [replace(use, axis=anywhere) for use in uses[call]]
+            if uses[call][0].axis is None and not bool(torch.isfinite(gradient).all()):
+                # The model has diverged, and NaN everywhere hides what depends on what: as with other batch sizes.
+                likely = self.likely.get(call)
+                fits = likely is not None and likely in candidates(gradient.shape, self.batch)
+                uses[call] = [replace(use, axis=likely if fits else None) for use in uses[call]]
             for use in uses[call]:
                 self.receive(use, gradient)
 
@@ -228,140 +230,3 @@ class ModuleRecording(Recorded):
     def _fits(self, call: OpCall, axis: int) -> bool:
         shape = call.output_shapes[0]
         return axis < len(shape) - 1 and shape[axis] == self.batch
-
-
-def decide(reached: Reached, roots: Sequence[Tensor], losses: Seed | None, verify_loss: bool) -> None:
-    """Decide every recording's layouts, and prove that neither the models nor the loss couple examples.
-
-    Args:
-        reached: what lies behind the roots.
-        roots: what backward was called on.
-        losses: one loss per example, if that is known; otherwise the module's outputs tell the examples apart.
-        verify_loss: whether to prove that a scalar loss is a sum over examples.
-
-    Raises:
-        CoupledExamplesError: an example's loss depends on another example.
-        ExampleAxisError: where the examples lie is undecided.
-        CaptureError: its other kinds.
-    """
-    recordings: list[ModuleRecording] = [owner for owner in reached.owners if owner.batch]
-    for recording in recordings:
-        recording.place_inputs()
-    seeds: list[Seed] = []
-
-    def seeded() -> list[Seed]:
-        if not seeds:
-            seeds.extend([losses] if losses is not None else _frontier_seeds(reached))
-        return seeds
-
-    order = _order_of_loss(reached, losses) if losses is not None and reached.volatile else None
-    anew = False
-    for position, recording in enumerate(recordings):
-        probe = _Probing(recording, reached, seeded)
-        context = (reached.structure, position, order)
-        recording.decide_again = partial(recording.decide_anew, probe, recording.known, context)
-        try:
-            anew |= recording.decide(probe, recording.known, context)
-        except CoupledExamplesError as error:
-            raise recording.explained(error) from error
-    if losses is None and verify_loss and (anew or reached.volatile) and any(r.batch > 1 for r in recordings):
-        prove_separable(roots, seeded(), reached.loss)
-
-
-def _order_of_loss(reached: Reached, losses: Seed) -> tuple[ExampleAxis | None, ...]:
-    """Where each example's loss reads the module's outputs, for losses that pick entries by index."""
-    edges = {number: edge for number, (edge, _) in enumerate(reached.frontier)}
-    shapes = {number: place.shape for number, (_, place) in enumerate(reached.frontier)}
-    places = Places(shapes, lambda number: f"an output of the module that the loss reads, number {number}")
-    found = decide_examples(places, losses.layout.batch, partial(send_back_to, edges, [losses]))
-    return tuple(found[number] for number in sorted(found))
-
-
-@dataclass(frozen=True, eq=False)
-class _Probing:
-    """Sends NaN from the seeds with as many examples as the recording; the others must not reach it."""
-
-    recording: ModuleRecording
-    reached: Reached
-    seeds: Callable[[], Sequence[Seed]]
-
-    def __call__(self, examples: list[int] | None) -> dict[int, Tensor]:
-        return _probe(self.recording, self.reached, self.seeds())(examples)
-
-
-def _probe(recording: ModuleRecording, reached: Reached, seeds: Sequence[Seed]) -> Probe:
-    places = {**reached.calls.get(id(recording), {}), **recording.followed}
-    same = [seed for seed in seeds if seed.layout.batch == recording.batch]
-    others = [seed for seed in seeds if seed.layout.batch != recording.batch]
-    if not same:
-        raise CoverageError(
-            f"A recorded forward of {recording.batch} examples is behind the loss, but nothing that tells them apart.",
-            fix="return the predictions from the module, one row per example on the batch axis",
-        )
-    if others and any(bool(entries.any()) for entries in send_back_to(places, others, None).values()):
-        raise CoupledExamplesError(
-            f"A forward of {recording.batch} examples feeds a loss or a forward of {others[0].layout.batch}.",
-            fix="keep one row per example on the batch axis from module to module and in the loss",
-        )
-    return partial(send_back_to, places, same)
-
-
-def _frontier_seeds(reached: Reached) -> list[Seed]:
-    """Seeds at the module outputs that the loss reads, then at recorded operations that it reads around them."""
-    outputs = [(edge, place) for edge, place in reached.frontier if place.call is None and place.owner.batch]
-    inner = [(edge, place) for edge, place in reached.frontier if place.call is not None and place.owner.batch]
-    seeds = []
-    for edge, place in outputs:
-        layout = ExampleAxis(place.owner.axis_of(len(place.shape)), 1, place.owner.batch, 1)
-        seeds.append(place.seed(edge, layout))
-    for edge, place in inner:
-        seeds.append(place.seed(edge, _layout_at(edge, place, seeds, reached)))
-    return seeds
-
-
-def _layout_at(edge: GradientEdge, place: Place, seeds: Sequence[Seed], reached: Reached) -> ExampleAxis:
-    """The layout of an operation's output that the loss reads directly."""
-    recording: ModuleRecording = place.owner
-    assert place.call is not None
-    known = recording.known.get(place.call)
-    same = [seed for seed in seeds if seed.layout.batch == recording.batch]
-    if known is None and same:
-        axes = decide_examples(
-            Places.of(recording.tape), recording.batch, _probe(recording, reached, same), False, recording.known
-        )
-        known = axes.get(place.call)
-    return known or _only_layout(edge, place, same, reached)
-
-
-def _only_layout(edge: GradientEdge, place: Place, others: list[Seed], reached: Reached) -> ExampleAxis:
-    """The only layout of an operation's output under which no examples are coupled.
-
-    Raises:
-        ExampleAxisError: several layouts are possible.
-        CoupledExamplesError: none is.
-    """
-    recording: ModuleRecording = place.owner
-    left: list[tuple[ExampleAxis, dict[int, ExampleAxis | None]]] = []
-    error: CaptureError | None = None
-    for layout in sorted(candidates(place.shape, recording.batch), key=lambda a: (a.axis, a.outer)):
-        if layout.axis == len(place.shape) - 1 > 0 and recording.batch > 1:
-            continue  # the features of a layer
-        probe = _probe(recording, reached, [*others, place.seed(edge, layout)])
-        try:
-            axes = decide_examples(Places.of(recording.tape), recording.batch, probe, True, recording.known)
-        except CaptureError as refusal:
-            error = error or refusal
-            continue
-        if not any(axes == found for _, found in left):
-            left.append((layout, axes))
-    if len(left) == 1:
-        return left[0][0]
-    if not left and error is not None:
-        raise error
-    assert place.call is not None
-    raise ExampleAxisError(
-        f"Where {recording.batch} examples lie in the output of {recording.tape.calls[place.call].name}, shape "
-        f"{tuple(place.shape)}, is not certain: the module returns nothing with one entry per example.",
-        fix="return the predictions or the per-example losses from the module, the examples on the batch axis, and "
-        "compute the loss outside of it",
-    )
