@@ -112,6 +112,45 @@ def behind_clamp() -> Row:
     return Row(two_layers(forward), (normal(B, 5),), of_output, earlier=[(1e4 * normal(B, 5),)])
 
 
+def _gate(width: float) -> tuple[Any, Any]:
+    """A forward whose third example depends on the second once a gate opens, and a loss of two such forwards."""
+
+    def forward(model: Net, x: Tensor) -> Tensor:
+        hidden = model.a(x)
+        open_by = torch.relu(hidden[1:2].abs().sum() - width)
+        return model.b(torch.cat([hidden[:2], hidden[2:3] + open_by, hidden[3:]]))
+
+    def twice(model: nn.Module, x: Tensor) -> Tensor:
+        return squares(model(x)) + squares(model(0.001 * x))
+
+    return forward, twice
+
+
+@attempt("two examples coupled behind a gate that opens on the fourth step")
+def gate_in_the_middle() -> Row:
+    earlier = [(0.01 * normal(B, 5),)] * 3
+    return Row(two_layers(_gate(30)[0]), (100 * normal(B, 5),), of_output, earlier=earlier)
+
+
+@attempt("the same in the first of two forwards, on the fifth step")
+def gate_in_one_of_two() -> Row:
+    earlier = [(0.01 * normal(B, 5),)] * 4
+    return Row(two_layers(_gate(30)[0]), (100 * normal(B, 5),), _gate(30)[1], earlier=earlier)
+
+
+@attempt("inputs mixed before the first layer from the third step on")
+def mixed_later() -> Row:
+    model = Net(lambda m, x, mix: m.b(m.a(x - x.mean(0) if mix else x).tanh()), a=nn.Linear(5, 5), b=nn.Linear(5, 3))
+    return Row(model, (normal(B, 5), True), of_output, earlier=[(normal(B, 5), False)] * 2)
+
+
+@attempt("inputs mixed with partners' from the third step on")
+def mixup_later() -> Row:
+    model = Net(lambda m, x, p: m.b(m.a(x + x[p]).tanh()), a=nn.Linear(5, 5), b=nn.Linear(5, 3))
+    order = torch.arange(B)
+    return Row(model, (normal(B, 5), order.roll(1)), of_output, earlier=[(normal(B, 5), order)] * 2)
+
+
 @attempt("examples in the middle coupled from the second step on")
 def middle() -> Row:
     def forward(model: Net, x: Tensor, start: int, stop: int) -> Tensor:

@@ -308,6 +308,52 @@ def test_a_plain_backward_pass_never_reaches_the_optimizer():
     assert all(torch.equal(model.state_dict()[n], before[n]) for n in before)
 
 
+def test_nothing_unclipped_hides_among_accumulated_sums():
+    x, y = torch.randn(4, 3), torch.randn(4, 2)
+    for write in (
+        lambda m, w: (1000 * F.linear(x, m.weight)).sum().backward(),
+        lambda m, w: m.weight.grad.data.add_(1000),
+        lambda m, w: setattr(m.weight, "grad", m.weight.grad + 1000),
+        lambda m, w: (w.eval(), (1000 * w(x)).sum().backward(), w.train()),
+    ):
+        model = nn.Linear(3, 2)
+        wrapped, optimizer, criterion = private(model, nn.MSELoss(), 4)
+        criterion(wrapped(x), y).backward()
+        write(model, wrapped)
+        with pytest.raises(errors.CoverageError, match="not clipped"):
+            criterion(wrapped(x), y).backward()
+        with pytest.raises(errors.CoverageError, match="not clipped"):
+            optimizer.step()
+    model = nn.Linear(3, 2)
+    wrapped, optimizer, criterion = private(model, nn.MSELoss(), 4)
+    F.linear(x, model.weight).sum().backward()
+    criterion(wrapped(x), y).backward()  # cleared first
+    optimizer.step()
+
+
+def test_clip_grad_norm_between_backward_and_step_also_without_examples():
+    wrapped, optimizer, criterion = private(nn.Linear(3, 2), nn.MSELoss(), 4, noise=1.0)
+    for size in (4, 0, 4):
+        optimizer.zero_grad()
+        criterion(wrapped(torch.randn(size, 3)), torch.randn(size, 2)).backward()
+        torch.nn.utils.clip_grad_norm_(wrapped.parameters(), 0.01)
+        optimizer.step()
+
+
+def test_a_loss_over_an_axis_of_no_output_is_refused():
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(5, 5), nn.Linear(5, 5)
+
+        def forward(self, x, mask):
+            return self.b((self.a(2 * x) + mask.sum(1)[:, None]).tanh())
+
+    wrapped, _, criterion = private(Masked(), lambda out, y: out.square().sum((0, 2)), 4)
+    with pytest.raises(errors.CaptureError):
+        criterion(wrapped(torch.randn(4, 7, 5), torch.randn(7, 7)), None).backward()
+
+
 def test_two_passes_by_hand_as_in_opacus():
     model, x, y = nn.Linear(3, 2), torch.randn(4, 3), torch.randn(4, 2)
     truth = oracle.per_example_gradients(model, lambda: F.mse_loss(model(x), y, reduction="none").mean(1))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+from collections import OrderedDict
 
 import opacus
 import pytest
@@ -76,6 +77,32 @@ def test_any_input_and_any_output(kind, reduction):
     )
     wrapped = assert_exact(Anything(), lambda m: m(x=x, other=None)["out"][0].square().sum(1), kind, reduction)
     assert all(not s.any() for s in (samples(wrapped)["second.weight"], samples(wrapped)["unused.bias"]))
+
+
+class Output(OrderedDict):
+    """As transformers has it: a dictionary whose entries are attributes."""
+
+    def __getattr__(self, name):
+        return self[name]
+
+
+def test_inputs_in_other_containers():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(3, 2)
+
+        def forward(self, states, deep):
+            for _ in range(12):
+                (deep,) = deep
+            return self.layer(states.hidden.type_as(self.layer.weight).to(self.layer.weight)) * deep
+
+    x, deep = torch.randn(5, 3), torch.randn(5, 2)
+    for _ in range(12):
+        deep = [deep]
+    assert_exact(Model(), lambda m: m(Output(hidden=x), deep).square().sum(1))
+    assert_exact(Model(), lambda m: m(Output(hidden=x.clone().requires_grad_()), deep).square().sum(1))
+    assert not x.requires_grad
 
 
 def test_batch_first_false():
@@ -241,6 +268,12 @@ def test_an_example_that_is_not_finite_is_left_out():
         lambda y: y.square().sum(1).topk(2).values.mean(),
         lambda y: (y.square().mean() - 0.1).abs() + 0.1,
         lambda y: y.sort(0).values[:3].mean(),
+        lambda y: F.max_pool1d(y.sum(1)[None], 5).mean(),
+        lambda y: y.sum(1).aminmax().max,
+        lambda y: y.sum(1).norm(float("inf")),
+        lambda y: torch.fmax(y[:1], y[1:]).mean(),
+        lambda y: F.prelu(y - y.flip(0), torch.tensor([0.3])).mean(),
+        lambda y: y.sum(1).logcumsumexp(0)[-1],
     ],
     ids=[
         "root of the mean",
@@ -251,6 +284,12 @@ def test_an_example_that_is_not_finite_is_left_out():
         "hardest two",
         "flooding",
         "sorted",
+        "pooled",
+        "extremes",
+        "largest",
+        "larger",
+        "differences",
+        "cumulated",
     ],
 )
 def test_a_loss_that_couples_examples_is_refused(loss):
@@ -313,6 +352,14 @@ def test_a_penalty_on_weights_and_gradients_of_gradients_are_refused():
     with pytest.raises(errors.CoverageError, match="disable_hooks"):
         torch.autograd.grad(wrapped(x).square().mean(), list(model.parameters()), allow_unused=True)
     assert torch.autograd.grad(wrapped(x).square().mean(), x)[0].shape == x.shape
+
+
+def test_two_forwards_of_different_sizes_sent_back_one_after_the_other_are_refused():
+    wrapped = GradSampleModule(nn.Linear(3, 2))
+    a, b = wrapped(torch.randn(4, 3)), wrapped(torch.randn(3, 3))
+    a.mean().backward()
+    with pytest.raises(errors.CoverageError, match="one loss"):
+        b.mean().backward()
 
 
 def test_forwards_of_different_sizes_in_one_loss_are_refused():

@@ -44,6 +44,8 @@ _REORDERING = {
 }
 _BACKWARD = {torch.Tensor.backward, torch.autograd.backward, torch.autograd.grad}
 _LEAVES_TORCH: set[Callable[..., Any]] = {torch.Tensor.numpy, torch.Tensor.__array__}
+_READS_METADATA = {torch.Tensor.type_as, torch.Tensor.to, torch.Tensor.view_as, torch.Tensor.expand_as}
+_READS_METADATA |= {torch.Tensor.reshape_as}
 _active = threading.local()
 
 
@@ -159,6 +161,8 @@ class Recorder(TorchFunctionMode):
             return self._run_without_parameters(func, args, kwargs, batch_free)
         if batch_free:
             return self._run_on_parameters_alone(func, args, kwargs)
+        if func in _READS_METADATA and id(args[0]) not in used:
+            return func(*args, **kwargs)
         if not torch.is_grad_enabled():
             return func(*args, **kwargs)
         return self._record(func, args, kwargs, used)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,8 +21,13 @@ def map_tensors(function: Callable[[Tensor], Any], tree: Any) -> Any:
     if isinstance(tree, (list, tuple)):
         items = [map_tensors(function, item) for item in tree]
         return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
-    if isinstance(tree, dict):
+    if type(tree) is dict:
         return {key: map_tensors(function, item) for key, item in tree.items()}
+    if isinstance(tree, dict):  # a model's output type, say: its own kind is kept
+        mapped = copy.copy(tree)
+        for key, item in tree.items():
+            mapped[key] = map_tensors(function, item)
+        return mapped
     return tree
 
 

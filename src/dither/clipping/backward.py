@@ -42,17 +42,27 @@ class _Memory:
     uncoupled: set[Any] = field(default_factory=set)
     buffers: Buffers = field(default_factory=Buffers)
     relative: dict[int, dict[int, ExampleAxis]] = field(default_factory=dict)
+    proved: dict[Any, int] = field(default_factory=dict)
     passes: int = 0
 
-    def recall(self, signature: Any) -> dict[int, ExampleAxis | None] | None:
+    def recall(self, signature: Any, sequence: Any) -> dict[int, ExampleAxis | None] | None:
         """The axes kept for a signature.
 
-        At the 2nd, 4th, 8th... pass nothing is recalled: a gate that was closed (a ReLU, a clamp) may hide a dependence
-        from the proof, and be open later.
+        After the 2nd, 4th, 8th... pass nothing is recalled, once for each sequence of operations: a gate that was
+        closed (a ReLU, a clamp) may hide a dependence from the proof, and be open later.
         """
         self.passes += 1
-        again = self.passes & (self.passes - 1) == 0
-        return None if signature is None or again else self.axes.get(hash(signature))
+        if self.due(sequence):
+            self.uncoupled.clear()
+            return None
+        return None if signature is None else self.axes.get(hash(signature))
+
+    def due(self, key: Any) -> bool:
+        """Whether the passes doubled since this was asked for the key."""
+        if len(self.proved) >= _KEPT_LAYOUTS:
+            self.proved.clear()
+        before, self.proved[key] = self.proved.get(key, 0), self.passes.bit_length()
+        return before < self.passes.bit_length()
 
     def keep(self, signature: Any, axes: dict[int, ExampleAxis | None]) -> dict[int, ExampleAxis | None]:
         """Keep decided axes; only the signature's hash is kept, and a bounded number of them.
@@ -145,6 +155,7 @@ class Recorded:
         probe: Probe,
         known: Mapping[int, ExampleAxis] | None = None,
         context: Any = None,
+        role: Any = None,
     ) -> bool:
         """Decide where the examples lie, from memory if this sequence of operations was decided before.
 
@@ -152,6 +163,7 @@ class Recorded:
             probe: sends NaN back from the losses.
             known: layouts of calls that are known beforehand.
             context: what else must be the same for a decision to hold; hashable.
+            role: tells recordings of the same operations apart, whatever their batch size; hashable.
 
         Returns:
             Whether it was decided anew.
@@ -159,7 +171,8 @@ class Recorded:
         Raises:
             CaptureError: its kinds, as `decide_examples`.
         """
-        axes = self._memory.recall(self._signature(context))
+        functions = hash(tuple(function for function, *_ in self._trace))
+        axes = self._memory.recall(self._signature(context), (functions, role))
         anew = axes is None
         if axes is None:
             axes = self.decide_anew(probe, known, context)
@@ -332,10 +345,15 @@ class Gradients:
         parts = {name: collector.squared_norm() for name, collector in self.collectors.items()}
         return {name: part.clamp_min(0) for name, part in parts.items() if part is not None}
 
-    def norms(self, widen: bool = True) -> Tensor:
-        """Per-example norms over all parameters, (B,), float64; `widen`: do again those whose squares overflow."""
+    def norms(self, widen: bool = True, squares: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Per-example norms over all parameters, (B,), float64.
+
+        Args:
+            widen: do again those whose squares overflow.
+            squares: what `squared_norms` gave, if it is at hand.
+        """
         squared = torch.zeros(self._batch, dtype=torch.float64, device=self._device)
-        for part in self.squared_norms().values():
+        for part in (self.squared_norms() if squares is None else squares).values():
             squared += part
         if widen and not bool(torch.isfinite(squared).all()):
             self._widen(squared)

@@ -48,6 +48,8 @@ def clipped_backward(hooks: Any, optimizer: Any, losses: Tensor) -> None:
             "forward/backward pass, or use BatchMemoryManager"
         )
     bound = _bound(hooks, optimizer)
+    trained = [*mine[0].parameters.values(), *hooks.kept_parameters()]
+    provenance.check([p for p in trained if p.grad is not None and (provenance.known(p) or bool(p.grad.any()))])
     batch = int(losses.shape[0])
     with backward.session(reached):
         with backward.quiet(reached):
@@ -62,7 +64,7 @@ def clipped_backward(hooks: Any, optimizer: Any, losses: Tensor) -> None:
             each()
     for recording in mine:
         recording.published = True
-    provenance.clipped([*parameters.values(), *hooks.kept_parameters()])
+    provenance.clipped(trained)
 
 
 def _bound(hooks: Any, optimizer: Any) -> float:
@@ -89,8 +91,9 @@ def _check(recordings: Sequence[ModuleRecording], losses: Tensor, hooks: Any) ->
             fix="add the losses and call backward once: (loss_a + loss_b).backward()",
         )
     for recording in recordings:
-        if losses.shape[0] in recording.sizes:
-            recording.batch = int(losses.shape[0])
+        count = int(losses.shape[0])
+        if count in recording.input_sizes and (count in recording.output_sizes or not recording.output_sizes):
+            recording.batch = count
         elif losses.shape[0] != recording.batch:
             raise LossShapeError(
                 f"The loss has {losses.shape[0]} entries, shape {tuple(losses.shape)}; the module's batch has "

@@ -52,7 +52,7 @@ def decide(reached: Reached, roots: Sequence[Tensor], losses: Seed | None, verif
         context = (reached.structure, position, order)
         recording.decide_again = partial(recording.decide_anew, probe, recording.known, context)
         try:
-            anew |= recording.decide(probe, recording.known, context)
+            anew |= recording.decide(probe, recording.known, context, (position, reached.kind))
         except CoupledExamplesError as error:
             raise recording.explained(error) from error
     if losses is None and verify_loss and (anew or reached.volatile) and any(r.batch > 1 for r in recordings):

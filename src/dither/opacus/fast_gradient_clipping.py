@@ -89,7 +89,7 @@ class GradSampleHooksFastGradientClipping(GradSampleHooks, stock.GradSampleHooks
             scale: what the collected gradients are multiplied by.
         """
         squares = gradients.squared_norms()
-        norms = gradients.norms() * scale
+        norms = gradients.norms(squares=squares) * scale
         for name, parameter in recording.parameters.items():
             square = squares.get(name)
             norm = torch.zeros_like(norms) if square is None else square.sqrt() * scale
@@ -143,7 +143,7 @@ class GradSampleModuleFastGradientClipping(
     def zero_grad(self, set_to_none: bool = False) -> None:
         """Clear `.grad` and `.grad_sample`."""
         _stock_zero_grad(self, set_to_none)
-        provenance.forget(self.parameters())
+        provenance.cleared(list(self.parameters()))
 
 
 def configure(hooks: Any, strategy: str, memory_budget: float | None) -> None:

@@ -64,6 +64,7 @@ class Reached:
         calls: the place of every recorded operation, by recording (its id) and call index.
         leaves: every leaf that autograd itself would give a gradient.
         structure: hash of the graph: its nodes and what feeds them; before the frontier also their options.
+        kind: hash of the names of the nodes before the frontier.
         loss: nodes before the frontier, what the roots compute from what they read.
         volatile: whether the loss picks entries by an index tensor, so that an equal structure may mean another loss.
         checkpointed: whether an activation checkpoint of the reentrant kind lies behind the roots.
@@ -74,6 +75,7 @@ class Reached:
     calls: dict[int, dict[int, GradientEdge]] = field(default_factory=dict)
     leaves: list[Tensor] = field(default_factory=list)
     structure: int = 0
+    kind: int = 0
     loss: list[Any] = field(default_factory=list)
     volatile: bool = False
     checkpointed: bool = False
@@ -95,6 +97,7 @@ def reach(roots: Sequence[Tensor]) -> Reached:
     edges = [get_gradient_edge(root) for root in roots if root.requires_grad]
     _walk([(edge.node, edge.output_nr) for edge in edges], order, found, crossed)
     found.loss = list(order)
+    found.kind = hash(tuple(node.name() for node in order))
     found.volatile = any(word in node.name() for node in order for word in _PICKS)
     found.frontier = [(GradientEdge(node, output), place) for (node, output), place in crossed.items()]
     _walk(list(crossed), order, found, None)

@@ -23,7 +23,7 @@ from dither.clipping.backward import Gradients
 from dither.clipping.gradients import NotFormed
 from dither.errors import CoverageError
 from dither.opacus import backward
-from dither.opacus.recording import KnownInputs, ModuleRecording
+from dither.opacus.recording import ModuleRecording
 
 _add_hooks = stock.GradSampleHooks.add_hooks
 _remove_hooks = stock.GradSampleHooks.remove_hooks
@@ -36,7 +36,7 @@ class _Forward:
     def __init__(self) -> None:
         self.recording: ModuleRecording | None = None
         self.depth = 0
-        self.inputs = KnownInputs()
+        self.free_inputs: set[int] = set()
         self.alive: weakref.WeakSet[ModuleRecording] = weakref.WeakSet()
 
     def __deepcopy__(self, memo: Any) -> _Forward:
@@ -146,7 +146,7 @@ class GradSampleHooks(stock.GradSampleHooks):
             parameters = self._to_record()
             if parameters and any(p.requires_grad for p in module.parameters()):
                 backward.attach(self)  # a copy, or one that was loaded, is not yet
-                forward.recording = ModuleRecording(self._module, parameters, self.batch_first, forward.inputs)
+                forward.recording = ModuleRecording(self._module, parameters, self.batch_first, forward.free_inputs)
                 forward.recording.hooks = weakref.ref(self)
                 forward.depth = 1
                 return forward.recording.start((args, kwargs))
@@ -202,7 +202,7 @@ class GradSampleHooks(stock.GradSampleHooks):
             for gradients in formed:
                 part = gradients.formed(name)
                 if part is not None:
-                    total = part if total is None else _padded_sum(total, part)
+                    total = part if total is None else total + part
             if total is not None:
                 whole = total.sum(0) if len(total) else torch.zeros_like(parameter)
                 injected.append((parameter, (whole / self.loss_scale(max(1, batch))).to(parameter.dtype)))
@@ -225,11 +225,15 @@ class GradSampleHooks(stock.GradSampleHooks):
 def check_same_batch(recordings: Sequence[ModuleRecording]) -> None:
     """Raise CoverageError if forwards of different numbers of examples are behind one loss: which is which?"""
     if len({recording.batch for recording in recordings}) > 1:
-        raise CoverageError(
-            f"Forwards of {sorted(r.batch for r in recordings)} examples are in one loss. Row i of each would count as "
-            "one example, so that leaving out one example changes every other.",
-            fix="send each batch's loss back by itself, or give both as many examples",
-        )
+        raise _different_sizes([recording.batch for recording in recordings])
+
+
+def _different_sizes(sizes: Sequence[int]) -> CoverageError:
+    return CoverageError(
+        f"Forwards of {sorted(sizes)} examples are in one loss. Row i of each would count as one example, so that "
+        "leaving out one example changes every other.",
+        fix="call the module and send its loss back before the next forward, or give both as many examples",
+    )
 
 
 def receiver(recording: ModuleRecording, gradients: Gradients, scale: float, forget: bool = False) -> backward.Sink:
@@ -243,6 +247,7 @@ def receiver(recording: ModuleRecording, gradients: Gradients, scale: float, for
             collector.forget()
 
     def sink(call: int, output: int, gradient: Tensor) -> None:
+        assert output == 0, "rules are of operations with one output"
         if not recording.batch:
             return
         gradient = gradient if scale == 1.0 else gradient * scale
@@ -290,16 +295,6 @@ def _make_ready(parameter: Any) -> None:
         parameter._forward_counter = 0
 
 
-def _padded_sum(a: Tensor, b: Tensor) -> Tensor:
-    """Sum of per-example gradients by index; the shorter batch lacks the last examples."""
-    longer, shorter = (a, b) if len(a) >= len(b) else (b, a)
-    if len(longer) == len(shorter):
-        return longer + shorter
-    total = longer.clone()
-    total[: len(shorter)] += shorter
-    return total
-
-
 def _append(parameter: Any, gradients: Tensor, merges: bool) -> None:
     """Set `.grad_sample`, make it a list of batches, or add to the last batch."""
     before = parameter.grad_sample
@@ -308,7 +303,9 @@ def _append(parameter: Any, gradients: Tensor, merges: bool) -> None:
         return
     entries = before if isinstance(before, list) else [before]
     if merges and not hasattr(entries[-1], "_processed"):
-        entries = [*entries[:-1], _padded_sum(entries[-1], gradients)]
+        if len(entries[-1]) != len(gradients):
+            raise _different_sizes([len(entries[-1]), len(gradients)])
+        entries = [*entries[:-1], entries[-1] + gradients]
     else:
         entries = [*entries, gradients]
     parameter.grad_sample = entries[0] if len(entries) == 1 else entries

@@ -93,7 +93,7 @@ class DPOptimizerFastGradientClipping(stock.DPOptimizerFastGradientClipping):
     def zero_grad(self, set_to_none: bool = False) -> None:
         """Clear `.grad`, and `summed_grad` unless a skipped step holds it."""
         _stock_fast_zero_grad(self, set_to_none)
-        provenance.forget(self.params)
+        provenance.cleared(self.params)
         self._batches = 1
 
 

@@ -17,50 +17,61 @@ from torch import Tensor
 from dither.errors import CoverageError
 
 _ATTRIBUTE = "_dither_provenance"
-_SLACK = 1e-3
+_SLACK = 1e-5
 
 
 @dataclass(frozen=True)
 class _Provenance:
-    """What `.grad` held when it was last known to be clipped; `sums` 0: weighted by the user, None: not clipped."""
+    """What `.grad` held when it was last known to be clipped.
+
+    Attributes:
+        sums: the number of clipped sums in it; 0: cleared, or weighted by the user; None: not clipped.
+        norm: its norm.
+    """
 
     sums: int | None
-    place: tuple[int, int]
     norm: Tensor
-    total: Tensor
 
 
 def clipped(parameters: Sequence[Any]) -> None:
     """A clipped sum was added to each `.grad`."""
-    for parameter in parameters:
-        _mark(parameter, clipped_sums([parameter]) + 1)
+    _mark(parameters, [clipped_sums([parameter]) + 1 for parameter in parameters])
 
 
 def unclipped(parameters: Iterable[Any]) -> None:
     """An ordinary gradient was added to each `.grad`."""
-    for parameter in parameters:
-        _mark(parameter, None)
+    found = list(parameters)
+    _mark(found, [None] * len(found))
 
 
 def weighted(parameters: Iterable[Any]) -> None:
     """A pass after the norms, with hooks disabled, was added to each `.grad`: the user weighted it."""
+    found = [p for p in parameters if not known(p) or getattr(p, _ATTRIBUTE).sums is not None]
+    _mark(found, [0] * len(found))
+
+
+def cleared(parameters: Sequence[Any]) -> None:
+    """`.grad` was set to zero, or to None."""
     for parameter in parameters:
-        found = _of(parameter)
-        if found is None or found.sums is not None:
-            _mark(parameter, 0)
+        setattr(parameter, _ATTRIBUTE, _Provenance(0, torch.zeros(())))
 
 
 def forget(parameters: Iterable[Any]) -> None:
-    """`.grad` was cleared, or taken by the optimizer."""
+    """`.grad` was taken by the optimizer."""
     for parameter in parameters:
-        if _of(parameter) is not None:
+        if known(parameter):
             delattr(parameter, _ATTRIBUTE)
+
+
+def known(parameter: Any) -> bool:
+    """Whether it is known where `.grad` comes from."""
+    return hasattr(parameter, _ATTRIBUTE)
 
 
 def clipped_sums(parameters: Iterable[Any]) -> int:
     """How many clipped sums wait in `.grad`."""
-    found = [_of(p) for p in parameters if p.grad is not None]
-    return max((entry.sums or 0 for entry in found if entry is not None), default=0)
+    found = [getattr(p, _ATTRIBUTE) for p in parameters if p.grad is not None and known(p)]
+    return max((entry.sums or 0 for entry in found), default=0)
 
 
 def check(parameters: Sequence[Any]) -> None:
@@ -72,11 +83,10 @@ def check(parameters: Sequence[Any]) -> None:
     Raises:
         CoverageError: a gradient is not known to be clipped.
     """
-    with_gradient = [p for p in parameters if p.grad is not None]
-    found = [_of(p) for p in with_gradient]
-    if all(e is not None and e.sums is not None for e in found) and _unchanged(with_gradient, found):
+    held = [p for p in parameters if p.grad is not None]
+    bad = next((p for p in held if not known(p) or getattr(p, _ATTRIBUTE).sums is None), None)
+    if bad is None and _only_scaled(held):
         return
-    bad = next((p for p, e in zip(with_gradient, found, strict=True) if e is None or e.sums is None), None)
     what = "a gradient" if bad is None else f"the gradient of a parameter of shape {tuple(bad.shape)}"
     raise CoverageError(
         f"The optimizer would take {what} that was not clipped: it comes from a plain backward pass, or was written "
@@ -87,37 +97,24 @@ def check(parameters: Sequence[Any]) -> None:
     )
 
 
-def _mark(parameter: Any, sums: int | None) -> None:
-    gradient = parameter.grad
-    if gradient is not None:
-        entry = _Provenance(sums, _place(gradient), gradient.norm(), gradient.sum())
-        setattr(parameter, _ATTRIBUTE, entry)
+def _mark(parameters: Sequence[Any], sums: Sequence[int | None]) -> None:
+    held = [(p, count) for p, count in zip(parameters, sums, strict=True) if p.grad is not None]
+    for (parameter, count), norm in zip(held, _norms([p for p, _ in held]), strict=True):
+        setattr(parameter, _ATTRIBUTE, _Provenance(count, norm))
 
 
-def _place(gradient: Tensor) -> tuple[int, int]:
-    """The memory and the number of writes to it."""
-    return gradient.data_ptr(), gradient._version
+def _norms(parameters: Sequence[Any]) -> Sequence[Tensor]:
+    gradients = [p.grad for p in parameters]
+    return torch._foreach_norm(gradients) if gradients else []
 
 
-def _of(parameter: Any) -> _Provenance | None:
-    return getattr(parameter, _ATTRIBUTE, None)
-
-
-def _unchanged(parameters: Sequence[Any], entries: Sequence[Any]) -> bool:
+def _only_scaled(parameters: Sequence[Any]) -> bool:
     """Whether every gradient is what it was, or all are that times one factor of at most 1."""
-    if all(_place(p.grad) == entry.place for p, entry in zip(parameters, entries, strict=True)):
+    if not parameters:
         return True
-    now, then, totals, sizes = [], [], [], []
-    for parameter, entry in zip(parameters, entries, strict=True):
-        gradient = parameter.grad
-        now.append(gradient.norm().double().cpu())
-        then.append(entry.norm.double().cpu())
-        totals.append((gradient.sum().double().cpu(), entry.total.double().cpu()))
-        sizes.append(gradient.numel())
-    norms, before = torch.stack(now), torch.stack(then)
-    factor = norms.norm() / before.norm()
-    sums, sums_before = torch.tensor(totals, dtype=torch.float64).unbind(1)
-    spread = before * torch.tensor(sizes, dtype=torch.float64).sqrt()
-    same = (norms - factor * before).abs() <= _SLACK * before
-    same &= (sums - factor * sums_before).abs() <= _SLACK * spread
+    now = torch.stack([norm.double().cpu() for norm in _norms(parameters)])
+    before = torch.stack([getattr(p, _ATTRIBUTE).norm.double().cpu() for p in parameters])
+    whole = before.norm()
+    factor = now.norm() / whole if whole else torch.ones(())
+    same = (now - factor * before).abs() <= _SLACK * (before + whole * _SLACK)
     return bool(factor <= 1 + _SLACK) and bool(same.all())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -50,21 +50,6 @@ def tensors_of(tree: Any, depth: int = 8) -> Iterator[Tensor]:
         yield from tensors_of(vars(tree), depth - 1)
 
 
-@dataclass
-class KnownInputs:
-    """What earlier forwards told of a module's inputs.
-
-    Attributes:
-        seen: shapes of inputs that were followed into the graph before.
-        free: inputs, by their place among all, that had another size than the batch once: not one row per example.
-        forwards: how many there were.
-    """
-
-    seen: set[Any] = field(default_factory=set)
-    free: set[int] = field(default_factory=set)
-    forwards: int = 0
-
-
 class ModuleRecording(Recorded):
     """A forward pass of a module under the recorder.
 
@@ -72,20 +57,20 @@ class ModuleRecording(Recorded):
         model: the module whose parameters are recorded.
         parameters: those parameters by name.
         batch_first: whether inputs and outputs have the examples on axis 0, or on axis 1 from two axes on.
-        inputs: what earlier forwards told.
+        free: inputs, by their place among all, that had another size than the batch once: not one row per example.
     """
 
     def __init__(
-        self, model: nn.Module, parameters: dict[str, Tensor], batch_first: bool, inputs: KnownInputs | None = None
+        self, model: nn.Module, parameters: dict[str, Tensor], batch_first: bool, free: set[int] | None = None
     ) -> None:
         super().__init__(model, parameters)
         self._batch_first = batch_first
-        self.inputs = KnownInputs() if inputs is None else inputs
+        self.free: set[int] = set() if free is None else free
         self.known: dict[int, ExampleAxis] = {}
         self._given: list[Tensor] = []
         self.followed: dict[int, GradientEdge] = {}
-        self.sizes: set[int] = set()
-        self.disagreeing: list[int] = []
+        self.input_sizes: set[int] = set()
+        self.output_sizes: set[int] = set()
         self.published = False
         self.merges = False
         self.hooks: Callable[[], Any] = lambda: None
@@ -106,23 +91,15 @@ class ModuleRecording(Recorded):
         self.late.clear()
 
     def _follow(self, inputs: Any) -> Any:
-        """The inputs, floating-point tensors with a place in the graph, so that a proof sees what mixes them.
-
-        Only where their shapes are new, and at the 2nd, 4th, 8th... forward.
-        """
-        known, given = self.inputs, list(tensors_of(inputs))
-        shapes = tuple(tensor.shape for tensor in given)
-        known.forwards += 1
-        if shapes in known.seen and known.forwards & (known.forwards - 1):
-            return inputs
-        known.seen.add(shapes)
-        positions = {id(tensor): position for position, tensor in enumerate(given)}
+        """The inputs, floating-point tensors with a place in the graph, so that a proof sees what mixes them."""
+        positions = {id(tensor): position for position, tensor in enumerate(tensors_of(inputs))}
 
         def followed(tensor: Tensor) -> Tensor:
-            if tensor.requires_grad or not tensor.is_floating_point() or type(tensor) is not Tensor:
+            position = positions.get(id(tensor))
+            if tensor.requires_grad or not tensor.is_floating_point() or type(tensor) is not Tensor or position is None:
                 return tensor
             tracked = alias(tensor, self.recorder.anchor)
-            self.followed[-1 - positions[id(tensor)]] = get_gradient_edge(tracked)
+            self.followed[-1 - position] = get_gradient_edge(tracked)
             return tracked
 
         return map_tensors(followed, inputs)
@@ -151,9 +128,9 @@ class ModuleRecording(Recorded):
         self.known |= self._anchored(given)
         for position, tensor in enumerate(given):
             if not self._is_batched(tensor):
-                self.inputs.free.add(position)
+                self.free.add(position)
             index = -1 - position
-            if position in self.inputs.free:
+            if position in self.free:
                 self.followed.pop(index, None)
             elif index in self.followed:
                 self.known[index] = ExampleAxis(self.axis_of(tensor.dim()), 1, self.batch, 1)
@@ -172,11 +149,12 @@ class ModuleRecording(Recorded):
 
     def explained(self, error: CoupledExamplesError) -> CoupledExamplesError:
         """The same refusal; where inputs and outputs differ in their batch axis, with what that may mean."""
-        if len(self.disagreeing) < 2:
+        sizes = sorted(self.input_sizes | self.output_sizes)
+        if len(sizes) < 2:
             return error
         axis = 0 if self._batch_first else 1
         return CoupledExamplesError(
-            f"{error.what}\n  Inputs and outputs of the module have sizes {self.disagreeing} on axis {axis}, where "
+            f"{error.what}\n  Inputs and outputs of the module have sizes {sizes} on axis {axis}, where "
             f"batch_first={self._batch_first} says that the examples lie; {self.batch} was taken.",
             fix=f"if the module takes time-first input, wrap it with batch_first={not self._batch_first}; otherwise "
             + error.fix,
@@ -196,8 +174,7 @@ class ModuleRecording(Recorded):
             [t.shape[self.axis_of(t.dim())] for t in tensors if t.dim() > self.axis_of(t.dim())]
             for tensors in (given, returned)
         )
-        self.sizes = {int(size) for size in sizes}
-        self.disagreeing = sorted({int(size) for size in (*sizes, *outputs)})
+        self.input_sizes, self.output_sizes = set(map(int, sizes)), set(map(int, outputs))
         for size in sizes:
             if size in outputs:
                 return int(size)

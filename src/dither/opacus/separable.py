@@ -31,11 +31,42 @@ _POINTWISE = frozenset(
         "Hardtanh",
         "Maximum",
         "Minimum",
+        "Fmax",
+        "Fmin",
         "L1Loss",
+        "PreluKernel",
+        "Prelu",
+        "Rrelu",
+        "RreluWithNoise",
+        "Hardshrink",
+        "Softshrink",
+        "Hardsigmoid",
+        "Hardswish",
     ]
 )
 _SELECTING = frozenset(
-    ["Max", "Min", "Amax", "Amin", "Topk", "Sort", "Median", "Nanmedian", "Kthvalue", "Mode", "Cummax", "Cummin"]
+    [
+        "Max",
+        "Min",
+        "Amax",
+        "Amin",
+        "Aminmax",
+        "Topk",
+        "Sort",
+        "Median",
+        "Nanmedian",
+        "Kthvalue",
+        "Mode",
+        "Cummax",
+        "Cummin",
+        "Logcumsumexp",
+        "LinalgVectorNorm",
+        "Norm",
+        "MaxPool2DWithIndices",
+        "MaxPool3DWithIndices",
+        "AdaptiveMaxPool2D",
+        "AdaptiveMaxPool3D",
+    ]
 )
 """Names of graph nodes whose second derivative is zero: entry by entry, or by comparing entries along axes."""
 
@@ -84,17 +115,15 @@ def _refuse_comparisons(nodes: Sequence[Any], seeds: Sequence[Seed]) -> None:
         kind = _kind(node)
         if kind not in _POINTWISE and kind not in _SELECTING:
             continue
-        for parent, number in node.next_functions:
-            if parent is None:
-                continue
-            shape = _shape(parent, number)
-            for looked_at in _compared(node, kind, shape):
-                if _examples_behind(GradientEdge(parent, number), looked_at, seeds) > 1:
-                    raise CoupledExamplesError(
-                        f"The loss couples the examples: {kind.lower()} of a tensor of shape {tuple(shape)} looks at "
-                        "several examples at once.",
-                        fix=_FIX,
-                    )
+        operands = [GradientEdge(parent, number) for parent, number in node.next_functions if parent is not None]
+        shapes = [_shape(edge.node, edge.output_nr) for edge in operands]
+        for looked_at in zip(*(_compared(node, kind, shape) for shape in shapes), strict=True):
+            if _examples_behind(operands, looked_at, seeds) > 1:
+                raise CoupledExamplesError(
+                    f"The loss couples the examples: {kind.lower()} of a tensor of shape {tuple(shapes[0])} looks at "
+                    "several examples at once.",
+                    fix=_FIX,
+                )
 
 
 def _behind_opaque_losses(roots: Sequence[Tensor], nodes: Sequence[Any], seeds: list[Seed]) -> list[Seed]:
@@ -191,12 +220,12 @@ def _signed(axis: int) -> int:
     return axis - 2**64 if axis >= 2**63 else axis
 
 
-def _examples_behind(edge: GradientEdge, entries: Tensor, seeds: Sequence[Seed]) -> int:
-    """How many examples some entries depend on."""
+def _examples_behind(operands: Sequence[GradientEdge], entries: Sequence[Tensor], seeds: Sequence[Seed]) -> int:
+    """How many examples some entries of an operation's operands depend on."""
     like = seeds[0].like
-    poison = torch.where(entries.to(like.device), float("nan"), 1.0).to(like.dtype)
+    poison = [torch.where(mask.to(like.device), float("nan"), 1.0).to(like.dtype) for mask in entries]
     places = [seed.edge for seed in seeds]
-    found = torch.autograd.grad([edge], places, [poison], retain_graph=True, allow_unused=True)
+    found = torch.autograd.grad(list(operands), places, poison, retain_graph=True, allow_unused=True)
     reached = torch.zeros(seeds[0].layout.batch, dtype=torch.bool, device=like.device)
     for seed, gradient in zip(seeds, found, strict=True):
         if gradient is not None:
