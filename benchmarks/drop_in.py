@@ -20,13 +20,13 @@ from pathlib import Path
 SCRIPT = str(Path(__file__).with_name("opacus_script.py"))
 
 
-def run(mode: str, under_dither: bool, options: list[str]) -> tuple[float, float]:
-    """Median step in seconds and peak memory in MiB, of a process."""
+def run(mode: str, under_dither: bool, options: list[str]) -> tuple[float, float, float]:
+    """Median step in seconds, peak memory in MiB and the first step, of a process."""
     command = [sys.executable, *(["-m", "dither.opacus"] if under_dither else []), SCRIPT, "--mode", mode, *options]
     found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
     if mode != "plain" and found["module"].startswith("dither.") != under_dither:
         raise SystemExit(f"{command} ran {found['module']}")
-    return statistics.median(found["seconds"]), found["peak_mib"]
+    return statistics.median(found["seconds"]), found["peak_mib"], found["first"]
 
 
 def shown(ratios: list[float]) -> str:
@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--modes", nargs="+", default=["hooks", "ghost"])
     parser.add_argument("options", nargs="*", help="of benchmarks/opacus_script.py, after --")
     arguments = parser.parse_args()
-    rows: dict[str, list[tuple[float, float]]] = {}
+    rows: dict[str, list[tuple[float, float, float]]] = {}
     for number in range(arguments.rounds):
         plain = run("plain", False, arguments.options)
         rows.setdefault("plain", []).append(plain)
@@ -48,11 +48,12 @@ def main() -> None:
                 key = f"{mode} {'dither' if under_dither else 'stock'}"
                 rows.setdefault(key, []).append(run(mode, under_dither, arguments.options))
         print(f"round {number + 1} of {arguments.rounds}", file=sys.stderr)
-    print(f"{'':24}{'step':30}peak memory")
+    print(f"{'':24}{'step':24}{'peak memory':24}first step")
     for mode in arguments.modes:
-        for a, b in ((f"{mode} stock", f"{mode} dither"), (f"{mode} stock", "plain"), (f"{mode} dither", "plain")):
-            time, memory = ([x[i] / y[i] for x, y in zip(rows[a], rows[b], strict=True)] for i in (0, 1))
-            print(f"{a + ' / ' + b.replace(mode + ' ', ''):24}{shown(time):30}{shown(memory)}")
+        stock, ours = f"{mode} stock", f"{mode} dither"
+        for over, under in ((stock, ours), (stock, "plain"), (ours, "plain")):
+            columns = [[a[i] / b[i] for a, b in zip(rows[over], rows[under], strict=True)] for i in range(3)]
+            print(f"{over + ' / ' + under.replace(mode + ' ', ''):24}" + "".join(f"{shown(c):24}" for c in columns))
 
 
 if __name__ == "__main__":

@@ -204,7 +204,7 @@ def decide_examples(
     for count, examples in enumerate([*needed, *more]):
         if count >= len(needed) and all(len(possible[i]) == 1 for i in reached):
             break
-        touched = probe(examples)
+        touched = {index: entries for index, entries in probe(examples).items() if index in possible}
         if any(not consistent(possible[i], t, examples) for i, t in touched.items()):
             poisoned = probe([]) if poisoned is None else poisoned
             touched = {i: t & ~poisoned[i] if i in poisoned else t for i, t in touched.items()}

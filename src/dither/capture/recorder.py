@@ -282,10 +282,11 @@ def _after_tensor_hooks(tensor: Tensor, deliver: Callable[[Tensor], None]) -> No
     tensor.grad_fn.register_prehook(hook)
 
 
-def alias(tensor: Tensor, anchor: Tensor) -> Tensor:
-    """The same memory as a tensor that has a graph node, so that gradients to it can be asked for."""
+def alias(tensor: Tensor, anchor: Tensor, deliver: Callable[[Tensor], None]) -> Tensor:
+    """The same memory as a tensor that has a graph node, whose gradients are delivered."""
     with _unsafe_preserve_version_counter(tensor):  # nothing is written
         tracked: Tensor = _Anchor.apply(anchor, tensor.detach())
+    _after_tensor_hooks(tracked, deliver)
     return tracked
 
 

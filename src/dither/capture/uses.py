@@ -72,6 +72,11 @@ class OpCall:
         """The operation's name, for people."""
         return getattr(self.function, "__name__", repr(self.function))
 
+    def release(self) -> None:
+        """Let go of the saved inputs: every gradient was formed from them."""
+        for name, empty in (("args", ()), ("kwargs", {}), ("operands", {}), ("versions", ())):
+            object.__setattr__(self, name, empty)
+
     def check_unchanged(self) -> None:
         """Raise SavedInputChangedError if a saved input was changed in place since the call."""
         for tensor, version in self.versions:

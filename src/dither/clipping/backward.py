@@ -335,6 +335,10 @@ class Gradients:
             if gradient is not None and isinstance(collector, Added):
                 collector.add(gradient)
 
+    def is_formed(self, use: ParamUse) -> bool:
+        """Whether a use's gradients are formed as they arrive, so that its inputs are not needed afterwards."""
+        return not isinstance(self.collectors.get(use.name), NotFormed)
+
     def formed(self, name: str) -> Tensor | None:
         """A parameter's per-example gradients, (B, *shape); None if no gradient arrived."""
         collector = self.collectors.get(name)

@@ -106,6 +106,8 @@ def _backward(
     with session(reached):
         with quiet(reached):
             decide(reached, roots, None, all(owner.verify_loss for owner in owners_of(reached)))
+        for recording in reached.owners:
+            recording.keeps_inputs = bool(retain_graph)
         publish = [owner.prepare_backward(recordings) for owner, recordings in owners_of(reached).items()]
         with untouched(parameters_of(reached)):
             run(retain=any(recording.undecided for recording in reached.owners))

@@ -166,7 +166,7 @@ def _adding(recording: ModuleRecording, gradients: Gradients, sums: dict[str, Te
     ones = torch.ones(recording.batch, dtype=torch.float64, device=recording.device)
 
     def sink(call: int, output: int, gradient: Tensor) -> None:
-        for use in uses[call]:
+        for use in uses.get(call, []):
             if use.axis is not None and isinstance(gradients.collectors.get(use.name), NotFormed):
                 use.rule.add_weighted_sum(use, gradient, ones, sums[use.name])
 

@@ -13,7 +13,7 @@ from functools import partial
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from dither.capture.coverage import Places, Probe, Seed, decide_examples, send_back_to
+from dither.capture.coverage import Places, Probe, Seed, decide_examples, send_back, send_back_to
 from dither.capture.examples import ExampleAxis, candidates
 from dither.errors import CaptureError, CoupledExamplesError, CoverageError, ExampleAxisError
 from dither.opacus.graph import Place, Reached
@@ -94,6 +94,9 @@ def _probe(recording: ModuleRecording, reached: Reached, seeds: Sequence[Seed]) 
             f"A forward of {recording.batch} examples feeds a loss or a forward of {others[0].layout.batch}.",
             fix="keep one row per example on the batch axis from module to module and in the loss",
         )
+    if all(any(leaf is owner.anchor for owner in reached.owners) for leaf in reached.leaves):
+        # Nobody's leaf receives NaN: what arrives is looked at as it passes, and not kept.
+        return partial(send_back, recording.tape, same)
     return partial(send_back_to, places, same)
 
 

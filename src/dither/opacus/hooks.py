@@ -247,9 +247,9 @@ def receiver(recording: ModuleRecording, gradients: Gradients, scale: float, for
             collector.forget()
 
     def sink(call: int, output: int, gradient: Tensor) -> None:
-        assert output == 0, "rules are of operations with one output"
-        if not recording.batch:
+        if call < 0 or not recording.batch:  # an input's
             return
+        assert output == 0, "rules are of operations with one output"
         gradient = gradient if scale == 1.0 else gradient * scale
         if uses[call][0].axis is None:
             if bool(gradient.any()):
@@ -258,6 +258,8 @@ def receiver(recording: ModuleRecording, gradients: Gradients, scale: float, for
         recording.tape.calls[call].check_unchanged()
         for use in uses[call]:
             receive(use, gradient)
+        if not recording.keeps_inputs and all(gradients.is_formed(use) for use in uses[call]):
+            recording.tape.calls[call].release()
 
     recording.receive = receive
     return sink

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -72,11 +73,13 @@ class ModuleRecording(Recorded):
         self.input_sizes: set[int] = set()
         self.output_sizes: set[int] = set()
         self.published = False
+        self.keeps_inputs = True
         self.merges = False
         self.hooks: Callable[[], Any] = lambda: None
         self.late: list[tuple[int, Tensor]] = []
         self.end_pass()
         self.recorder = Recorder(parameters, model.buffers(), claim, lambda output, call: mark(output, self, call))
+        self.anchor = self.recorder.anchor
 
     def start(self, inputs: Any) -> Any:
         """Start recording, and return what the module's forward is to be given."""
@@ -98,7 +101,7 @@ class ModuleRecording(Recorded):
             position = positions.get(id(tensor))
             if tensor.requires_grad or not tensor.is_floating_point() or type(tensor) is not Tensor or position is None:
                 return tensor
-            tracked = alias(tensor, self.recorder.anchor)
+            tracked = alias(tensor, self.anchor, partial(self.recorder.tape.deliver, -1 - position, 0))
             self.followed[-1 - position] = get_gradient_edge(tracked)
             return tracked
 
