@@ -149,7 +149,7 @@ def test_registered_samplers_are_shared_with_opacus():
         for index, (parameter, gradient) in enumerate(zip(model.parameters(), plain, strict=True)):
             torch.testing.assert_close(parameter.grad_sample.sum(0), gradient * (2 if index in (2, 3) else 1))
     finally:
-        del opacus.grad_sample.GradSampleHooks.GRAD_SAMPLERS[Doubled]
+        del dither.opacus.GradSampleModule.GRAD_SAMPLERS[Doubled]
 
 
 # --- python -m dither.opacus -----------------------------------------------------------------

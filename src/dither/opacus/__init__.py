@@ -9,14 +9,7 @@ from opacus.accountants import GaussianAccountant, PRVAccountant, RDPAccountant
 from opacus.accountants.utils import get_noise_multiplier
 from opacus.data_loader import DPDataLoader, switch_generator, wrap_collate_with_empty
 from opacus.distributed import DifferentiallyPrivateDistributedDataParallel
-from opacus.grad_sample import (
-    AbstractGradSampleHooks,
-    AbstractGradSampleModule,
-    GradSampleHooksNoOp,
-    create_or_accumulate_grad_sample,
-    register_grad_sampler,
-    register_norm_sampler,
-)
+from opacus.grad_sample import create_or_accumulate_grad_sample, register_grad_sampler, register_norm_sampler
 from opacus.utils.batch_memory_manager import BatchMemoryManager, wrap_data_loader
 from opacus.validators import ModuleValidator, register_module_fixer, register_module_validator
 
@@ -39,6 +32,7 @@ from dither.opacus.optimizers import (
     SimpleDistributedPerLayerOptimizer,
 )
 from dither.opacus.privacy_engine import PrivacyEngine
+from dither.opacus.stock import AbstractGradSampleHooks, AbstractGradSampleModule, GradSampleHooksNoOp
 
 __all__ = [
     "AbstractGradSampleHooks",

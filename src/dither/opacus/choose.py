@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import opacus.grad_sample as stock
 import opacus.optimizers as stock_optimizers
 
-from dither.opacus import fast_gradient_clipping, hooks, modes, optimizers
+from dither.opacus import fast_gradient_clipping, hooks, modes, optimizers, stock
 
 REPLACED: dict[type, type] = {
     stock.GradSampleHooks: hooks.GradSampleHooks,
@@ -26,7 +25,6 @@ REPLACED: dict[type, type] = {
 }
 """Opacus's classes and what takes their place."""
 
-_get_gsm_class, _get_hooks_class = stock.utils.get_gsm_class, stock.utils.get_hooks_class
 _get_optimizer_class = stock_optimizers.get_optimizer_class
 
 
@@ -36,7 +34,7 @@ def get_gsm_class(grad_sample_mode: str) -> Any:
     Raises:
         ValueError: no such mode.
     """
-    found = _get_gsm_class(grad_sample_mode)
+    found = stock.get_gsm_class(grad_sample_mode)
     return REPLACED.get(found, found)
 
 
@@ -46,7 +44,7 @@ def get_hooks_class(grad_sample_mode: str) -> Any:
     Raises:
         ValueError: no such mode.
     """
-    found = _get_hooks_class(grad_sample_mode)
+    found = stock.get_hooks_class(grad_sample_mode)
     return REPLACED.get(found, found)
 
 

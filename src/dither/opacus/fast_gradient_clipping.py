@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-import opacus.grad_sample as stock
 import torch
 from torch import Tensor, nn
 
@@ -19,7 +18,7 @@ from dither.clipping.backward import Gradients
 from dither.clipping.clipped_sum import free_memory
 from dither.clipping.plan import Plan, check_strategy
 from dither.errors import CoverageError
-from dither.opacus import backward, provenance
+from dither.opacus import backward, provenance, stock
 from dither.opacus.hooks import GradSampleHooks, check_same_batch, plain_gradients, receiver
 from dither.opacus.recording import ModuleRecording
 

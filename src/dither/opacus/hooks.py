@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-import opacus.grad_sample as stock
 import torch
 from opacus.grad_sample.functorch import prepare_layer
 from opacus.layers.dp_rnn import RNNLinear
@@ -22,12 +21,8 @@ from dither.capture.uses import ParamUse
 from dither.clipping.backward import Gradients
 from dither.clipping.gradients import NotFormed
 from dither.errors import CoverageError
-from dither.opacus import backward
+from dither.opacus import backward, stock
 from dither.opacus.recording import ModuleRecording
-
-_add_hooks = stock.GradSampleHooks.add_hooks
-_remove_hooks = stock.GradSampleHooks.remove_hooks
-_STOCK_ONLY = (stock.GradSampleHooksFastGradientClippingFSDP, stock.GradSampleHooksFastGradientClippingTP)
 
 
 class _Forward:
@@ -66,9 +61,6 @@ class GradSampleHooks(stock.GradSampleHooks):
         Raises:
             ValueError: the module has hooks already.
         """
-        if isinstance(self, _STOCK_ONLY):
-            _add_hooks(self, loss_reduction=loss_reduction, batch_first=batch_first, force_functorch=force_functorch)
-            return
         if hasattr(self._module, "autograd_grad_sample_hooks"):
             raise ValueError("Trying to add hooks twice to the same model")
         self._recording_state = _Forward()
@@ -88,7 +80,7 @@ class GradSampleHooks(stock.GradSampleHooks):
 
     def remove_hooks(self) -> None:
         """Stop recording, and remove what was added to the module."""
-        _remove_hooks(self)
+        stock.remove_hooks(self)
         backward.detach(self)
 
     @classmethod

@@ -12,15 +12,14 @@ from collections.abc import Callable, Iterable, Mapping
 from types import ModuleType, TracebackType
 from typing import Any
 
-import opacus.grad_sample.utils as stock_grad_sample
 import opacus.optimizers as stock_optimizers
 from opacus import PrivacyEngine as _StockPrivacyEngine
 from opacus.utils import fast_gradient_clipping_utils as stock_loss
 
-from dither.opacus import choose, loss, privacy_engine
+from dither.opacus import choose, loss, privacy_engine, stock
 
 CLASSES: dict[type, type] = {
-    **choose.REPLACED,
+    **{theirs: ours for theirs, ours in choose.REPLACED.items() if not theirs.__module__.startswith("dither.")},
     _StockPrivacyEngine: privacy_engine.PrivacyEngine,
     stock_loss.DPLossFastGradientClipping: loss.DPLossFastGradientClipping,
     stock_loss.DPTensorFastGradientClipping: loss.DPTensorFastGradientClipping,
@@ -28,10 +27,10 @@ CLASSES: dict[type, type] = {
 """Opacus's classes and the subclasses that replace them."""
 
 FUNCTIONS: dict[Callable[..., Any], Callable[..., Any]] = {
-    stock_grad_sample.get_gsm_class: choose.get_gsm_class,
-    stock_grad_sample.get_hooks_class: choose.get_hooks_class,
-    stock_grad_sample.prepare_module: choose.prepare_module,
-    stock_grad_sample.wrap_model: choose.wrap_model,
+    stock.get_gsm_class: choose.get_gsm_class,
+    stock.get_hooks_class: choose.get_hooks_class,
+    stock.prepare_module: choose.prepare_module,
+    stock.wrap_model: choose.wrap_model,
     stock_optimizers.get_optimizer_class: choose.get_optimizer_class,
 }
 """Opacus's functions and what replaces them."""

@@ -111,7 +111,9 @@ class DPLossFastGradientClipping(stock.DPLossFastGradientClipping):
 
     def __init__(self, module: Any, optimizer: Any, criterion: Any, loss_reduction: str = "mean") -> None:
         if inspect.isfunction(criterion) and not hasattr(criterion, "reduction"):
-            criterion = partial(criterion)  # Opacus sets .reduction on it, which torch's own functions should not keep
+            criterion = partial(criterion)  # torch's own functions should not keep a .reduction
+        if not hasattr(criterion, "reduction"):
+            criterion.reduction = module.loss_reduction
         _stock_loss_init(self, module, optimizer, criterion, loss_reduction)
 
     def __call__(self, *args: Any, shape: Any = None, **kwargs: Any) -> Any:

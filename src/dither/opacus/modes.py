@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import opacus.grad_sample as stock
 from torch import nn
 
+from dither.opacus import stock
 from dither.opacus.hooks import GradSampleModule
 
 

@@ -8,7 +8,7 @@ import opacus
 from opacus.optimizers import DPOptimizer as _StockDPOptimizer
 from torch import nn, optim
 
-from dither.opacus import choose
+from dither.opacus import choose, stock
 from dither.opacus.loss import DPLossFastGradientClipping
 
 
@@ -30,7 +30,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
     ) -> Any:
         self.validate(module=module, optimizer=None, data_loader=None)
         kind = choose.get_gsm_class(grad_sample_mode) if wrap_model else choose.get_hooks_class(grad_sample_mode)
-        if wrap_model and isinstance(module, opacus.grad_sample.AbstractGradSampleModule):
+        if wrap_model and isinstance(module, stock.AbstractGradSampleModule):
             same = module.batch_first == batch_first and module.loss_reduction == loss_reduction
             if not same or not isinstance(module, kind):
                 raise ValueError(
