@@ -205,14 +205,16 @@ def decide_examples(
         if count >= len(needed) and all(len(possible[i]) == 1 for i in reached):
             break
         touched = {index: entries for index, entries in probe(examples).items() if index in possible}
-        if any(not consistent(possible[i], t, examples) for i, t in touched.items()):
+        left = {i: consistent(possible[i], t, examples) for i, t in touched.items()}
+        if not all(left.values()):
             poisoned = probe([]) if poisoned is None else poisoned
             touched = {i: t & ~poisoned[i] if i in poisoned else t for i, t in touched.items()}
+            left = {i: consistent(possible[i], t, examples) for i, t in touched.items()}
         for index, entries in touched.items():
             if not bool(entries.any()):
                 continue
             reached.add(index)
-            possible[index] = consistent(possible[index], entries, examples)
+            possible[index] = left[index]
             if not possible[index]:
                 raise _refused(places.name(index), tuple(entries.shape), examples, batch)
     return {i: _simplest(possible[i]) if i in reached else None for i in possible}
