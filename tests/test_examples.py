@@ -112,13 +112,19 @@ def gan(module):
 def lora_peft(module):
     ids, mask, labels = module.sentences()[:B]
     assert 0 < mask.float().mean() < 1  # some sentences are padded
-    call = lambda m: m(input_ids=ids, attention_mask=mask).logits  # noqa: E731
+
+    def call(m):
+        return m(input_ids=ids, attention_mask=mask).logits
+
     return Case(module.build_model(), call, lambda logits: F.cross_entropy(logits, labels, reduction="none"))
 
 
 def unet2d_condition(module):
     x_t, t, prompts = images(), torch.randint(1000, (B,)), torch.randn(B, module.WORDS, module.WIDTH).double()
-    call = lambda m: m(x_t, t, encoder_hidden_states=prompts).sample  # noqa: E731
+
+    def call(m):
+        return m(x_t, t, encoder_hidden_states=prompts).sample
+
     return Case(module.build_model(), call, squared_error(images()))
 
 
@@ -129,7 +135,10 @@ def lightning_module(module):
 
 def accelerate_loop(module):
     x_t, t, labels = images(), torch.randint(1000, (B,)), torch.randint(10, (B,))
-    call = lambda m: m(x_t, timestep=t, class_labels=labels).sample  # noqa: E731
+
+    def call(m):
+        return m(x_t, timestep=t, class_labels=labels).sample
+
     return Case(module.build_model(), call, squared_error(images()))
 
 

@@ -14,12 +14,7 @@ from dither import errors
 STRATEGIES = ("auto", "hold", "ghost", "tile", "two_pass")
 
 
-@pytest.fixture(autouse=True)
-def _double():
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("double_precision")
 
 
 def assert_exact(model, loss_fn, max_grad_norm=0.5):

@@ -27,12 +27,7 @@ C = 0.2
 STRATEGIES = ("auto", "hold", "ghost", "tile", "two_pass")
 
 
-@pytest.fixture(autouse=True)
-def _double():
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("double_precision")
 
 
 def private(model, criterion, batch_size, reduction="mean", noise=0.0, **options):

@@ -20,12 +20,7 @@ from dither.opacus import DPOptimizer, GradSampleHooks, GradSampleModule, GradSa
 KINDS = (GradSampleModule, GradSampleModuleExpandedWeights)
 
 
-@pytest.fixture(autouse=True)
-def _double():
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("double_precision")
 
 
 class Anything(nn.Module):

@@ -48,7 +48,7 @@ def clipped_backward(hooks: Any, optimizer: Any, losses: Tensor) -> None:
             "forward/backward pass, or use BatchMemoryManager"
         )
     bound = _bound(hooks, optimizer)
-    trained = [*mine[0].parameters.values(), *hooks.kept_parameters()]
+    trained = [*mine[0].parameters.values(), *mine[0].kept]
     provenance.check([p for p in trained if p.grad is not None and (provenance.known(p) or bool(p.grad.any()))])
     batch = int(losses.shape[0])
     with backward.session(reached):
@@ -107,7 +107,7 @@ def _clipped_sums(
     hooks: Any, recordings: Sequence[ModuleRecording], losses: Tensor, bound: float, leaves: Sequence[Tensor]
 ) -> dict[str, Tensor]:
     """By name, the sum over examples of clipped gradients."""
-    parameters, kept = recordings[0].parameters, hooks.kept_parameters()
+    parameters, kept = recordings[0].parameters, recordings[0].kept
     sums = {n: torch.zeros_like(p, requires_grad=False) for n, p in parameters.items()}
     # The loss is sent back as the user's reduction has it, for the sake of whatever else it reaches.
     scale = hooks.loss_scale(max(1, len(losses)))
@@ -146,7 +146,7 @@ def _second_pass(
         New collectors, if examples were dropped: their gradients must be left out, not multiplied by zero.
     """
     if bool(dropped.any()):
-        if hooks.kept_parameters():
+        if recordings[0].kept:
             raise CoverageError(
                 "An example's gradient is not finite, and a layer has a registered grad sampler.",
                 fix="remove the example, or the registered sampler: then the example is left out by itself",

@@ -93,7 +93,7 @@ class GradSampleHooksFastGradientClipping(GradSampleHooks, stock.GradSampleHooks
             square = squares.get(name)
             norm = torch.zeros_like(norms) if square is None else square.sqrt() * scale
             vars(parameter)["_norm_sample"] = norm.to(parameter.dtype)
-        for parameter in self.kept_parameters():
+        for parameter in recording.kept:
             norms = (norms.square() + parameter._norm_sample.to(norms).square()).sqrt()
         self.per_sample_gradient_norms = norms.to(torch.float32)
         return norms

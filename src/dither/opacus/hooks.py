@@ -117,9 +117,9 @@ class GradSampleHooks(stock.GradSampleHooks):
         layers = [module for module in self._module.modules() if self._keeps_sampler(module)]
         return [p for layer in layers for p in layer.parameters(recurse=False) if p.requires_grad]
 
-    def _to_record(self) -> dict[str, Tensor]:
+    def _to_record(self, kept_parameters: Sequence[Any]) -> dict[str, Tensor]:
         """The parameters to record: trainable now, and not in the care of a registered sampler."""
-        kept = {id(p) for p in self.kept_parameters()}
+        kept = {id(p) for p in kept_parameters}
         found: dict[str, Tensor] = {}
         for name, parameter in self._module.named_parameters():
             if parameter.requires_grad:
@@ -135,11 +135,13 @@ class GradSampleHooks(stock.GradSampleHooks):
             forward.depth += 1
             return None
         if self.hooks_enabled and module.training and torch.is_grad_enabled():
-            parameters = self._to_record()
+            kept = self.kept_parameters()
+            parameters = self._to_record(kept)
             if parameters and any(p.requires_grad for p in module.parameters()):
                 backward.attach(self)  # a copy, or one that was loaded, is not yet
                 forward.recording = ModuleRecording(self._module, parameters, self.batch_first, forward.free_inputs)
                 forward.recording.hooks = weakref.ref(self)
+                forward.recording.kept = kept
                 forward.depth = 1
                 return forward.recording.start((args, kwargs))
         return None

@@ -72,6 +72,7 @@ class ModuleRecording(Recorded):
         self.followed: dict[int, GradientEdge] = {}
         self.input_sizes: set[int] = set()
         self.output_sizes: set[int] = set()
+        self.kept: list[Any] = []  # parameters in the care of a registered sampler
         self.published = False
         self.keeps_inputs = True
         self.merges = False
