@@ -191,6 +191,17 @@ def test_a_module_that_is_forgotten_leaves_autograd_as_it_was():
     assert (torch.autograd.backward, torch.autograd.grad) == functions
 
 
+def test_a_pass_goes_on_when_the_last_module_is_collected():
+    gc.collect()  # earlier tests' modules
+    wrapped = GradSampleModule(nn.Linear(3, 2))
+    met, x = torch.autograd.backward, torch.ones(2, requires_grad=True)
+    del wrapped
+    gc.collect()
+    met(x.sum())
+    assert torch.equal(x.grad, torch.ones(2)) and torch.autograd.backward is not met
+    assert_exact(nn.Linear(3, 2), lambda model: model(torch.ones(4, 3)).square().sum(1))
+
+
 def test_hooks_object_without_a_wrapper():
     model, x = Anything(), torch.randn(5, 3)
     state = torch.get_rng_state()

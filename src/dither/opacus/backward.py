@@ -48,6 +48,8 @@ class _Local(threading.local):
 _local = _Local()
 _owners: weakref.WeakSet[Any] = weakref.WeakSet()
 _unwrapped: dict[str, Callable[..., Any]] = {}
+"""Autograd's own functions; kept after the last owner is gone, which may be during a pass."""
+_wrapping: list[bool] = []
 _taking: list[int] = []
 """One entry for every torch.autograd.grad under way; the engine's threads must see it."""
 
@@ -58,7 +60,8 @@ def attach(owner: Any) -> None:
         return
     _owners.add(owner)
     weakref.finalize(owner, _unwrap_unless_owned).atexit = False
-    if not _unwrapped:
+    if not _wrapping:
+        _wrapping.append(True)
         _unwrapped.update(backward=torch.autograd.backward, grad=torch.autograd.grad)
         torch.autograd.backward, torch.autograd.grad = _backward, _grad
 
@@ -74,7 +77,8 @@ def _unwrap_unless_owned() -> None:
     if any(True for _ in _owners):
         return
     if torch.autograd.backward is _backward and torch.autograd.grad is _grad:
-        torch.autograd.backward, torch.autograd.grad = _unwrapped.pop("backward"), _unwrapped.pop("grad")
+        torch.autograd.backward, torch.autograd.grad = _unwrapped["backward"], _unwrapped["grad"]
+        _wrapping.clear()
 
 
 @wraps(torch.autograd.backward)
