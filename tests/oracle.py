@@ -21,8 +21,8 @@ def per_example_gradients(model: nn.Module, loss_fn: Callable[[], Tensor]) -> di
 
 
 def norms(gradients: dict[str, Tensor]) -> Tensor:
-    """(B,) norms over all parameters."""
-    return sum(g.double().reshape(len(g), -1).square().sum(1) for g in gradients.values()).sqrt()
+    """(B,) norms over all parameters; of a complex number, both parts count."""
+    return sum(_squares(g).reshape(len(g), -1).sum(1) for g in gradients.values()).sqrt()
 
 
 def clipped_sum(gradients: dict[str, Tensor], max_grad_norm: float) -> dict[str, Tensor]:
@@ -32,8 +32,19 @@ def clipped_sum(gradients: dict[str, Tensor], max_grad_norm: float) -> dict[str,
 
 
 def relative_error(ours: dict[str, Tensor], truth: dict[str, Tensor]) -> float:
-    """Norm of the difference over all parameters, relative to the truth's norm."""
+    """Norm of the difference over all parameters, relative to the truth's norm; of a complex number, both parts count."""
     assert ours.keys() == truth.keys()
-    wrong = sum(float((ours[n].double() - truth[n].double()).square().sum()) for n in truth) ** 0.5
-    size = sum(float(truth[n].double().square().sum()) for n in truth) ** 0.5
+    assert all(ours[n].is_complex() == truth[n].is_complex() for n in truth)
+    wrong = sum(float(_squares(_parts(ours[n]).double() - _parts(truth[n]).double()).sum()) for n in truth) ** 0.5
+    size = sum(float(_squares(truth[n]).sum()) for n in truth) ** 0.5
     return wrong / size if size else wrong
+
+
+def _squares(values: Tensor) -> Tensor:
+    """Squares of the real numbers, in float64."""
+    return _parts(values).double().square()
+
+
+def _parts(values: Tensor) -> Tensor:
+    """Real and imaginary parts on an axis of their own; a real tensor as it is."""
+    return torch.view_as_real(values.resolve_conj()) if values.is_complex() else values

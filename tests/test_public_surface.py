@@ -8,7 +8,7 @@ import pytest
 
 import dither
 import dither.opacus
-from dither.cli import budget, options, sample
+from dither.cli import budget, options, sample, verify
 from dither.cli.main import COMMANDS
 
 NAMES = {
@@ -31,7 +31,7 @@ ARGUMENTS = {
     ),
     "per_example_gradients": "model loss_fn",
     "per_example_norms": "model loss_fn",
-    "verify": "model loss_fn",
+    "verify": "model loss_fn strategies=('auto', 'hold', 'ghost', 'tile', 'two_pass')",
     "PrivateTraining": (
         "model optimizer dataset loss_fn expected_batch_size=256 steps=1000 max_grad_norm=1.0 delta=1e-05 epsilon=None "
         "noise_multiplier=None microbatch_size='auto' clipping='flat' collate_fn=None seed=None strategy='auto' "
@@ -63,6 +63,7 @@ OPTIONS = {
         budget.budget_parser,
         "config dataset_size batch_size delta epsilon noise_multiplier steps json",
     ),
+    "verify": (verify.verify_parser, "model config examples strategy dtype mode seed json"),
 }
 
 

@@ -1,5 +1,6 @@
 """dither: train PyTorch models under differential privacy, exactly, whatever their forward takes."""
 
+from dither.capture.declared import batched, constant
 from dither.clipping import (
     ClippedSum,
     VerificationReport,
@@ -20,7 +21,9 @@ __all__ = [
     "PrivateTraining",
     "VerificationReport",
     "__version__",
+    "batched",
     "clipped_sum",
+    "constant",
     "per_example_gradients",
     "per_example_norms",
     "register_rule",

@@ -28,6 +28,8 @@ def certificate(training: PrivateTraining) -> dict[str, Any]:
     reasons = []
     if training.seed is not None:
         reasons.append(f"seed={training.seed}: batches and noise can be computed by whoever knows the seed")
+    if training.verification["exact"] is False and training.index > training.verification["first_step"]:
+        reasons.append("steps were taken after the verification found gradients that are not exact")
     sampler = training.sampler
     return {
         "private": not reasons,
@@ -52,10 +54,18 @@ def certificate(training: PrivateTraining) -> dict[str, Any]:
         "steps_done": training.index,
         "steps_planned": training.steps,
         "resumed": training.resumed,
-        "verification": training.verification,
+        "verification": {"status": _verification_status(training), **training.verification},
         "not_private_values_that_left_the_process": list(_NOT_PRIVATE) if training.index else [],
         "versions": {"dither": _dither_version(), "torch": str(torch.__version__)},
     }
+
+
+def _verification_status(training: PrivateTraining) -> str:
+    """What came of comparing the first batch's gradients with autograd's."""
+    exact = training.verification["exact"]
+    if exact is None:
+        return "not run" if training.verify_first_batch else "turned off"
+    return "exact" if exact else "not exact"
 
 
 def _dither_version() -> str:

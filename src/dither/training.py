@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,10 +17,12 @@ from torch import Tensor, nn
 
 from dither import checkpoint
 from dither.accounting import EpsilonCurve, Event, Ledger, _check_delta, _check_mechanism, noise_multiplier_for
+from dither.capture.declared import follow
 from dither.certificate import certificate
 from dither.clipping import clipped_sum, verify
 from dither.clipping.functions import clipping_function
 from dither.clipping.plan import check_strategy
+from dither.clipping.verify import RandomState
 from dither.errors import CaptureError, ConfigurationError, LedgerError, LossShapeError
 from dither.noise import GaussianNoise, check_seed, torch_seed
 from dither.parameters import trained_parameters
@@ -28,6 +31,7 @@ from dither.sampling import CollateFunction, MicrobatchSize, PoissonSampler, che
 LossFunction = Callable[[nn.Module, Any], Tensor]
 _DEFAULT_EPSILON = 8.0
 _VERIFIED_EXAMPLES = 4
+_VERIFICATIONS = 3
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,7 @@ class _Tally:
     clipped: list[Tensor] = field(default_factory=list)
     examples: int = 0
     dropped: int = 0
+    verified: bool = False
 
 
 class PrivateTraining:
@@ -98,7 +103,9 @@ class PrivateTraining:
         rows_per_example: as `clipped_sum`.
         ema_decay: keeps an exponential moving average of the parameters, with decay min(ema_decay, (1+t)/(10+t)).
         scheduler: a learning-rate scheduler, stepped once per step.
-        verify_first_batch: compare up to 4 examples of the first batch with plain autograd before training.
+        verify_first_batch: compare up to 4 examples of the first batch with plain autograd before training; again after
+            a resume, and on up to two more batches while some parameters have a zero gradient (gates that start
+            closed). The certificate says what came of it.
 
     Raises:
         EmptyDatasetError: the dataset has no examples.
@@ -165,7 +172,8 @@ class PrivateTraining:
         self._microbatch_size, self.verify_first_batch = microbatch_size, verify_first_batch
         self.ledger = Ledger()
         self.resumed = 0
-        self.verification: dict[str, Any] = {"exact": None}  # not run yet
+        self.verification: dict[str, Any] = {"exact": None}  # of the last time it ran, also before a resume
+        self._verifications_left = _VERIFICATIONS
         self.ema: dict[str, Tensor] | None = None
         if ema_decay is not None:
             self.ema = {name: p.detach().clone() for name, p in self.parameters.items()}
@@ -244,7 +252,7 @@ class PrivateTraining:
             batch = load_batch(self._dataset, chosen, self._collate_fn)
             result = clipped_sum(
                 self.model,
-                partial(self._loss_fn, self.model, batch),
+                partial(self._loss_fn, self.model, follow(batch, len(chosen))),
                 max_grad_norm=self.max_grad_norm,
                 clipping=self.clipping,
                 into=self._sums,
@@ -257,9 +265,9 @@ class PrivateTraining:
                     fix="return one loss per example of the batch; average several rows of one example first",
                 )
             assert result.sensitivity == self.sensitivity
-            if self.verify_first_batch and self.verification["exact"] is None:
+            if self.verify_first_batch and self._verifications_left and not tally.verified:
                 # After the sum, which knows the examples that cannot be compared; before anything is released.
-                self._verify(chosen[result.norms.isfinite().cpu().numpy()][:_VERIFIED_EXAMPLES])
+                tally.verified = self._verify(chosen[result.norms.isfinite().cpu().numpy()][:_VERIFIED_EXAMPLES])
             finite = result.losses.isfinite()
             tally.losses.append(torch.where(finite, result.losses, 0.0).double().sum())
             tally.finite.append(finite.sum())
@@ -268,25 +276,39 @@ class PrivateTraining:
             tally.dropped += result.dropped
         return tally
 
-    def _verify(self, chosen: np.ndarray[Any, Any]) -> None:
+    def _verify(self, chosen: np.ndarray[Any, Any]) -> bool:
+        """Compare these examples with plain autograd; returns whether there were any.
+
+        Raises:
+            CaptureError: the gradients are not exact.
+        """
         if not len(chosen):
-            return
-        with torch.random.fork_rng(devices=self._cuda_devices()):
+            return False
+        state = RandomState([self._device])
+        try:
             batch = load_batch(self._dataset, chosen, self._collate_fn)
-            report = verify(self.model, lambda: self._loss_fn(self.model, batch))
+            report = verify(self.model, lambda: self._loss_fn(self.model, batch), (self._engine["strategy"],))
+        finally:
+            state.restore()
         self.verification = {
             "exact": report.exact,
-            "max_relative_error": report.max_relative_error,
+            "max_relative_error": min(report.max_relative_error, sys.float_info.max),  # JSON knows no infinity
             "examples": len(chosen),
             "first_step": self.index,
         }
         if not report.exact:
-            self.verification = {"exact": None}
             raise CaptureError(
                 f"The recorded per-example gradients differ from autograd's by {report.max_relative_error:.2e} "
                 f"relative on the first {len(chosen)} examples.\n{report}",
                 fix="report this model to dither; if the loss draws its own random numbers, draw them from torch",
             )
+        self.verification |= {
+            "tolerance": report.tolerance,
+            "parameters": len(report.errors),
+            "parameters_without_gradient": len(report.unused) + len(report.zero),
+        }
+        self._verifications_left = self._verifications_left - 1 if report.zero else 0
+        return True
 
     def _update_ema(self) -> None:
         if self.ema is None or self.ema_decay is None:
@@ -353,7 +375,8 @@ class PrivateTraining:
         Raises:
             OutputPathError: it cannot be written.
         """
-        checkpoint.write(Path(path), checkpoint.state_of(self), self.index)
+        state = {**checkpoint.state_of(self), "verification": self.verification}
+        checkpoint.write(Path(path), state, self.index)
 
     @classmethod
     def resume(
@@ -396,4 +419,5 @@ class PrivateTraining:
                 model, optimizer, dataset, loss_fn, scheduler=scheduler, collate_fn=collate_fn, **state["settings"]
             )
             checkpoint.restore(training, state, Path(path))
+            training.verification = dict(state.get("verification", training.verification))
         return training

@@ -163,3 +163,14 @@ def test_any_shape(batch, rows, width, channels, kernel, stride, padding, time_f
     bound = float(oracle.norms(truth).median())
     result = dither.clipped_sum(model, loss_fn, max_grad_norm=bound, strategy=strategy)
     assert oracle.relative_error(result.gradients, oracle.clipped_sum(truth, bound)) <= 1e-10
+
+
+@pytest.mark.parametrize("inputs", [(4, 3), (4, 5, 3), (4, 2, 5, 3)])
+def test_an_in_place_operation_after_a_later_layer_of_several_rows(inputs):
+    """The output of such a layer is a view, whose graph node an in-place operation replaces."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 5), nn.ReLU(inplace=True), nn.Linear(5, 2)).double()
+    x = torch.randn(*inputs, dtype=torch.float64)
+    truth = oracle.per_example_gradients(model, lambda: model(x).square().flatten(1).sum(1))
+    assert truth["1.weight"].any()
+    ours = dither.per_example_gradients(model, lambda: model(x).square().flatten(1).sum(1))
+    assert oracle.relative_error(ours, truth) <= 1e-10

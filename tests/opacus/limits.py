@@ -222,7 +222,7 @@ def added() -> Row:
     return Row(model, (normal(B, 5),), of_output, after=lambda m: m.append(layer))
 
 
-@limit("activation checkpointing, non-reentrant", (error("ValueError"), error("NotImplementedError")), (NAMED, NAMED))
+@limit("activation checkpointing, non-reentrant", (error("ValueError"), error("NotImplementedError")))
 def checkpointed() -> Row:
     model = Net(
         lambda m, x: m.head(checkpoint(m.body, x, use_reentrant=False)),
@@ -232,7 +232,7 @@ def checkpointed() -> Row:
     return Row(model, (normal(B, 5),), of_output)
 
 
-@limit("activation checkpointing, reentrant, of the first layers", (EXACT, EXACT), (NAMED, NAMED))
+@limit("activation checkpointing, reentrant, of the first layers", (EXACT, EXACT))
 def checkpointed_first() -> Row:
     def forward(model: Net, x: Tensor) -> Tensor:
         return model.head(checkpoint(model.body, x.requires_grad_(), use_reentrant=True))
@@ -244,7 +244,7 @@ def checkpointed_first() -> Row:
     return Row(Net(forward, body=body, head=nn.Linear(6, 3)), (normal(B, 5),), of_output, reference=plainly)
 
 
-@limit("activation checkpointing, reentrant", (EXACT, EXACT), (NAMED, NAMED))
+@limit("activation checkpointing, reentrant", (EXACT, EXACT))
 def checkpointed_reentrant() -> Row:
     model = Net(
         lambda m, x: m.head(checkpoint(m.body, m.stem(x), use_reentrant=True)),
@@ -301,13 +301,9 @@ def bags_of_rows() -> Row:
     return Row(nn.EmbeddingBag(9, 4, mode="sum"), (torch.randint(9, (B, 3)),), of_output)
 
 
-UNSUPPORTED = (error("UnsupportedOpError"), error("UnsupportedOpError"))
-
-
 @limit(
     "nn.MultiheadAttention, weights returned",
     (error("TypeError"), error("TypeError")),
-    UNSUPPORTED,
 )
 def attention() -> Row:
     def losses(model: nn.Module, x: Tensor) -> Tensor:
@@ -329,7 +325,7 @@ def encoder_layer() -> Row:
     return Row(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0), (normal(B, 5, 8),), of_output)
 
 
-@limit("nn.LSTM, unmodified", (error("RuntimeError"), error("RuntimeError")), UNSUPPORTED)
+@limit("nn.LSTM, unmodified", (error("RuntimeError"), error("RuntimeError")))
 def recurrent() -> Row:
     def losses(model: nn.Module, x: Tensor) -> Tensor:
         return squares(model(x)[0])

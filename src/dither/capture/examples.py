@@ -6,7 +6,7 @@ Batch-first rows have outer = 1; time-first rows have inner = 1; both may differ
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -23,12 +23,14 @@ class ExampleAxis:
         outer: how often the run of all examples repeats along the axis.
         batch: B, the number of examples.
         inner: how many consecutive entries belong to one example.
+        certain: whether it was the only layout left; otherwise others say the same of every entry that was reached.
     """
 
     axis: int
     outer: int
     batch: int
     inner: int
+    certain: bool = field(default=True, compare=False)
 
     @property
     def size(self) -> int:
@@ -53,10 +55,7 @@ class ExampleAxis:
         The last axis must not be the example axis, unless B is 1.
         """
         if self.batch > 1 and self.axis == tensor.dim() - 1:
-            raise ExampleAxisError(
-                f"The examples lie on the feature axis of an operation's output, shape {tuple(tensor.shape)}.",
-                fix="move the examples to another axis before the operation",
-            )
+            raise on_features(tensor)
         if tensor.dim() == 1:
             return tensor.reshape(1, 1, -1)
         if self.axis == 0 and self.outer == 1:
@@ -66,6 +65,85 @@ class ExampleAxis:
     def owners(self, device: torch.device) -> Tensor:
         """The example of each entry of the axis, shape (size,), int64."""
         return (torch.arange(self.size, device=device) // self.inner) % self.batch
+
+
+@dataclass(frozen=True, eq=False)
+class Ragged:
+    """Entries of an axis that belong to the examples in no regular order: tokens of an expert, packed sequences.
+
+    Attributes:
+        axis: index of the axis in the operation's output.
+        batch: B, the number of examples.
+        owner: the example of each entry, shape (size,), int64; of an entry that no loss reaches, any.
+    """
+
+    axis: int
+    batch: int
+    owner: Tensor
+
+    outer = 1
+
+    @property
+    def inner(self) -> int:
+        """Entries of the example that has most of them."""
+        return int(self.owner.bincount(minlength=self.batch).max()) if len(self.owner) else 0
+
+    @property
+    def size(self) -> int:
+        """Length of the axis."""
+        return len(self.owner)
+
+    def split(self, tensor: Tensor) -> Tensor:
+        """As `ExampleAxis.split`, with examples of fewer entries filled up with zeros: (B, ..., 1, inner, ...)."""
+        order = self.owner.argsort(stable=True).to(tensor.device)
+        counts = self.owner.bincount(minlength=self.batch).to(tensor.device)
+        places = torch.arange(self.inner, device=tensor.device)
+        filled = places < counts.unsqueeze(1)
+        first = counts.cumsum(0) - counts
+        index = order[(first.unsqueeze(1) + places).clamp(max=max(0, self.size - 1))].flatten()
+        gathered = tensor.index_select(self.axis, index).unflatten(self.axis, (self.batch, 1, self.inner))
+        mask = filled.view(self.batch, 1, self.inner, *[1] * (tensor.dim() - self.axis - 1))
+        return torch.where(mask, gathered, 0).movedim(self.axis, 0)
+
+    def rows(self, tensor: Tensor) -> Tensor:
+        """As `ExampleAxis.rows`."""
+        if self.axis == tensor.dim() - 1:
+            raise on_features(tensor)
+        return self.split(tensor).reshape(self.batch, -1, tensor.shape[-1])
+
+    def owners(self, device: torch.device) -> Tensor:
+        """The example of each entry of the axis, shape (size,), int64."""
+        return self.owner.to(device)
+
+
+Layout = ExampleAxis | Ragged
+
+
+def on_features(tensor: Tensor) -> ExampleAxisError:
+    """The refusal of examples on the axis that an operation mixes."""
+    return ExampleAxisError(
+        f"The examples lie on the feature axis of an operation's output, shape {tuple(tensor.shape)}.",
+        fix="move the examples to another axis before the operation",
+    )
+
+
+def owners_from_bits(bits: list[tuple[Tensor, Tensor]], axis: int, batch: int) -> Ragged | None:
+    """The owner of each entry of an axis, if each is reached by one example alone.
+
+    Args:
+        bits: for each bit of the examples' indices, the entries that losses reach whose index has the bit set, and
+            those that the others reach; bool, the output's shape.
+        axis: the axis.
+        batch: B.
+    """
+    others = [a for a in range(bits[0][0].dim()) if a != axis]
+    owner = torch.zeros(bits[0][0].shape[axis], dtype=torch.int64, device=bits[0][0].device)
+    for bit, both in enumerate(bits):
+        ones, zeros = (touched.any(dim=others) if others else touched for touched in both)
+        if bool((ones & zeros).any()):
+            return None
+        owner += ones.long() << bit
+    return Ragged(axis, batch, owner) if bool((owner < batch).all()) else None
 
 
 def candidates(shape: torch.Size, batch: int) -> set[ExampleAxis]:

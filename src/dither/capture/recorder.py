@@ -7,55 +7,43 @@ count as parameters where they meet the examples (design: parameter-only subgrap
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
+from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
-from dither.capture.uses import OpCall, ParamUse, Tape, map_tensors, tensors_in
-from dither.errors import BufferUpdateError, CoupledExamplesError, NestedRecorderError, UnsupportedOpError
+from dither.capture import operations, watching
+from dither.capture.custom import CustomNodes
+from dither.capture.declared import Declared, declarations
+from dither.capture.saving import hooked, keep
+from dither.capture.uses import Hidden, OpCall, ParamUse, Tape, map_tensors, tensors_in
+from dither.errors import BufferUpdateError, NestedRecorderError, UnsupportedOpError
 
-_PARAMETER, _DERIVED, _CONSTANT, _BUFFER = "parameter", "derived", "constant", "buffer"
-_RANDOM = ("rand", "normal", "bernoulli", "multinomial", "poisson", "dropout", "uniform", "exponential", "geometric")
-_REORDERING = {
-    "__getitem__",
-    "index_select",
-    "gather",
-    "take",
-    "take_along_dim",
-    "scatter",
-    "scatter_add",
-    "index_add",
-    "index_put",
-    "index_copy",
-    "masked_select",
-    "masked_scatter",
-    "sort",
-    "topk",
-    "unique",
-    "repeat_interleave",
-    "flip",
-    "roll",
-}
-_BACKWARD = {torch.Tensor.backward, torch.autograd.backward, torch.autograd.grad}
-_LEAVES_TORCH: set[Callable[..., Any]] = {torch.Tensor.numpy, torch.Tensor.__array__}
-_READS_METADATA = {torch.Tensor.type_as, torch.Tensor.to, torch.Tensor.view_as, torch.Tensor.expand_as}
-_READS_METADATA |= {torch.Tensor.reshape_as}
-_active = threading.local()
+CALL = "dither.call"
+"""Key, in the metadata of a graph node, of the indices of the recorded outputs that are the node's."""
+
+_PARAMETER, _DERIVED, _CONSTANT, _BUFFER, _BATCHED = "parameter", "derived", "constant", "buffer", "batched"
 
 
-class Claim(Protocol):
-    """Finds the rules for an operation's operands; see `dither.rules`."""
+class Rules(Protocol):
+    """What the recorder asks of the rules; see `dither.rules`."""
 
-    def __call__(
+    custom: Any
+    """The rule of a custom autograd function's use."""
+
+    def claim(
         self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], used: set[int]
     ) -> tuple[dict[str, Any], list[tuple[str | int, int, Any]]]:
         """Return operands by name and (slot, id of the tensor, rule) for every used tensor."""
+
+    def decomposition(self, function: Callable[..., Any]) -> Callable[..., Any] | None:
+        """The same operation written in operations that have rules, if there is one."""
 
 
 class _Anchor(torch.autograd.Function):
@@ -76,120 +64,244 @@ class Recorder(TorchFunctionMode):
 
     Args:
         parameters: trainable parameters by name.
-        buffers: the model's buffers: constants, which the examples must not change.
-        claim: finds the rules for an operation (`dither.rules.claim`).
-        on_output: called with every recorded operation's first output, in the graph, and the call's index.
+        buffers: the model's buffers and frozen parameters: constants, which the examples must not change.
+        constants: what turned out to be a constant in an earlier recording, and is still there (a cached index).
+        rules: finds the rules for an operation (`dither.rules.table`).
+        on_output: called with every recorded operation's outputs, in the graph, and their call's index.
+        randomness: what a random operation without a rule does: "different" numbers for every example, as drawn; the
+            "same" for all; or an "error".
     """
 
     def __init__(
         self,
         parameters: Mapping[str, Tensor],
         buffers: Iterable[Tensor],
-        claim: Claim,
+        rules: Rules,
         on_output: Callable[[Tensor, int], None] | None = None,
+        randomness: str = "different",
+        constants: Iterable[Tensor] = (),
     ) -> None:
         super().__init__()
         self.tape = Tape()
-        self._claim = claim
-        self._on_output = on_output
+        self._rules = rules
+        self.on_output = on_output
+        self._randomness = randomness
         self._names = {id(p): name for name, p in parameters.items()}
         # Strong references, so that no id is reused while the recorder lives.
-        self._kinds: dict[int, tuple[str, Tensor]] = {id(b): (_BUFFER, b) for b in buffers}
+        self._kinds: dict[int, tuple[str, Tensor]] = {id(c): (_CONSTANT, c) for c in constants}
+        self._kinds |= {id(b): (_BUFFER, b) for b in buffers}
         self._kinds |= {id(p): (_PARAMETER, p) for p in parameters.values()}
+        self.declared: dict[int, tuple[Tensor, Declared]] = {}
+        for tensor, declared in declarations():
+            self._kinds.setdefault(id(tensor), (_CONSTANT if declared.axis is None else _BATCHED, tensor))
+            self.declared[id(tensor)] = (tensor, declared)
+        self._followed: dict[int, Tensor] = {}
+        self.layouts: dict[int, tuple[Tensor, Declared]] = {}
         self.anchor = torch.zeros((), requires_grad=True)
+        self.anchor.of_a_recording = True  # type: ignore[attr-defined]
+        self._versions = {i: t._version for i, (kind, t) in self._kinds.items() if kind in (_BUFFER, _PARAMETER)}
         self._trace: list[Any] = []
         self.reorders_by_data = False
+        self._replays = False
+        self._began = 0
 
     def __enter__(self) -> Recorder:
         """Start recording; one recorder at a time in a thread."""
-        if getattr(_active, "recorder", None) is not None:
-            raise NestedRecorderError(
-                "A dither recording was started inside another one.",
-                fix="call clipped_sum, per_example_gradients or verify outside the loss function",
-            )
+        watching.begin(self)
+        self._compiled = watching.as_written()
+        self._compiled.__enter__()
+        first = self.anchor.clone().grad_fn
+        self._began = first._sequence_nr() if first is not None else 0
         super().__enter__()
-        _active.recorder = self
         return self
 
     def __exit__(self, *exc_info: Any) -> None:
         """Stop recording."""
-        _active.recorder = None
         super().__exit__(*exc_info)
+        self._compiled.__exit__(*exc_info)
+        watching.end()
+
+    @contextmanager
+    def replaying(self) -> Iterator[None]:
+        """Treat operations as in the forward, without recording them: a checkpoint recomputes inside, in backward."""
+        if not self.tape.hides:
+            yield
+            return
+        kinds, self._kinds, self._replays = self._kinds, dict(self._kinds), True
+        try:
+            with watching.as_written(), self._resumed():
+                yield
+        finally:
+            self._kinds, self._replays = kinds, False
+
+    @contextmanager
+    def _resumed(self) -> Iterator[None]:
+        super().__enter__()
+        try:
+            yield
+        finally:
+            super().__exit__(None, None, None)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Pass operations through; record those that use a parameter with the examples."""
         kwargs = kwargs or {}
-        if getattr(func, "__wrapped__", func) in _BACKWARD:
+        if getattr(func, "__wrapped__", func) in operations.BACKWARD:
             raise NestedRecorderError(
-                "A backward pass runs inside the loss function.",
-                fix="return the per-example loss and let dither run the backward pass; no gradient penalties",
+                "A backward pass runs inside the loss function, or inside another backward pass.",
+                fix="return the per-example loss and let dither run the backward pass; no gradient penalties, and no "
+                "activation checkpoints but torch.utils.checkpoint",
             )
-        if func in _LEAVES_TORCH:
+        if func in operations.LEAVES_TORCH:
             return func(*map_tensors(torch.Tensor.detach, args), **kwargs)
-        if func is torch.nn.functional.batch_norm:
-            _refuse_batch_statistics(*args, **kwargs)
         output = self._dispatch(func, args, kwargs)
-        self._trace.append((func, _options(args), _options(kwargs)))
-        if not self.reorders_by_data and _base_name(func) in _REORDERING:
-            self._note_reordering(args, kwargs, output)
+        if not self._replays:
+            self._trace.append((func, operations.options_of(args), operations.options_of(kwargs)))
+            if not self.reorders_by_data:
+                picked = operations.reordered(func, args)
+                self.reorders_by_data = any(self._varies(tensor) for tensor in picked)
         return output
+
+    def constants(self) -> Iterator[Tensor]:
+        """Every tensor that was computed from constants alone."""
+        return (tensor for kind, tensor in self._kinds.values() if kind == _CONSTANT)
 
     @property
     def trace(self) -> tuple[Any, ...]:
         """Every operation that ran, with its options: where it is the same, so are the examples' places."""
         return tuple(self._trace)
 
-    def _note_reordering(self, args: Any, kwargs: Any, output: Any) -> None:
-        """Remember that rows are picked by an index tensor, after a parameter was used: places may change by step."""
-        differentiable = any(t.requires_grad for t in tensors_in(output))
-        by_index = sum(1 for t in tensors_in((args, kwargs)) if not t.is_floating_point()) > 0
-        self.reorders_by_data = differentiable and by_index
+    def check_state(self) -> None:
+        """Raise BufferUpdateError if a buffer or parameter was changed in place unseen, from the examples perhaps."""
+        for number, version in self._versions.items():
+            tensor = self._kinds[number][1]
+            if tensor._version != version:
+                raise _updated(tensor, "an operation on the same memory")
+
+    def custom_nodes(self) -> CustomNodes:
+        """What adopts the custom autograd functions of this recording."""
+        return CustomNodes(self.tape, self._rules.custom, self._began, self.anchor)
+
+    def parameters_in_graph(self) -> dict[Any, tuple[Tensor, str]]:
+        """By graph node: every parameter, and every tensor computed from parameters alone, with its name."""
+        found = {}
+        for kind, tensor in self._kinds.values():
+            if kind == _PARAMETER or (kind == _DERIVED and tensor.grad_fn is not None):
+                node = torch.autograd.graph.get_gradient_edge(tensor).node if tensor.requires_grad else None
+                found[node] = (tensor, self._label(tensor))
+        found.pop(None, None)
+        return found
+
+    def _varies(self, tensor: Tensor) -> bool:
+        """Whether picking rows of the tensor moves examples' rows: places may change from step to step."""
+        kind = self._kinds.get(id(tensor))
+        return tensor.is_floating_point() and (kind is None or kind[0] == _BATCHED)
 
     def _dispatch(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         kinds = self._kinds
         used: set[int] = set()
+        buffers: list[Tensor] = []
         batch_free = True
+        follows = False
         for tensor in tensors_in((args, kwargs)):
             kind = kinds.get(id(tensor))
             if kind is None:
                 batch_free = False
             elif kind[0] in (_PARAMETER, _DERIVED):
-                used.add(id(tensor))
+                if tensor.requires_grad:  # else it is frozen at this moment
+                    used.add(id(tensor))
+            elif kind[0] == _BUFFER:
+                buffers.append(tensor)
+            elif kind[0] == _BATCHED:
+                batch_free, follows = False, True
+        if follows and torch.is_grad_enabled():
+            args, kwargs = map_tensors(self._follow, args), map_tensors(self._follow, kwargs)
+        if not batch_free:
+            operations.refuse_batch_statistics(func, args, kwargs)
+            if func in operations.READS_METADATA:  # the other tensor lends its shape or dtype only
+                used &= {id(args[0])}
+                batch_free = id(args[0]) in kinds and not follows
+            elif operations.picks_by_number(func, args) and id(args[0]) in used:
+                batch_free = True
+        versions = [] if batch_free else [buffer._version for buffer in buffers]
+        output = self._run(func, args, kwargs, used, batch_free)
+        for buffer, version in zip(buffers, versions, strict=False):
+            if buffer._version != version:
+                raise _updated(buffer, operations.name_of(func))
+        return output
+
+    def _run(self, func: Any, args: Any, kwargs: Any, used: set[int], batch_free: bool) -> Any:
         if not used:
             return self._run_without_parameters(func, args, kwargs, batch_free)
         if batch_free:
             return self._run_on_parameters_alone(func, args, kwargs)
-        if func in _READS_METADATA and id(args[0]) not in used:
-            return func(*args, **kwargs)
         if not torch.is_grad_enabled():
             return func(*args, **kwargs)
-        return self._record(func, args, kwargs, used)
+        return self._use(func, args, kwargs, used)
+
+    def _follow(self, tensor: Tensor) -> Tensor:
+        """A declared input's stand-in, which has a place in the graph."""
+        kind = self._kinds.get(id(tensor))
+        if kind is None or kind[0] != _BATCHED or tensor.requires_grad or not tensor.is_floating_point():
+            return tensor
+        if id(tensor) not in self._followed:
+            index = -1 - len(self.tape.followed)
+            self.tape.followed[index] = tensor.shape
+            self.layouts[index] = self.declared[id(tensor)]
+            self._followed[id(tensor)] = alias(tensor, self.anchor, partial(self.tape.deliver, index, None))
+        return self._followed[id(tensor)]
+
+    def _followed_from_here(self, tensor: Tensor) -> Tensor:
+        """The tensor with a place in the graph: what is taken from it in order needs no other proof."""
+        return tensor if tensor.requires_grad else alias(tensor, self.anchor, lambda gradient: None)
 
     def _run_without_parameters(self, func: Any, args: Any, kwargs: Any, batch_free: bool) -> Any:
-        name = getattr(func, "__name__", "")
-        in_place = _is_in_place(name)
+        name = operations.name_of(func)
+        in_place = operations.is_in_place(name)
         target = args[0] if in_place and args and isinstance(args[0], Tensor) else None
         if target is not None and not batch_free:
             self._forget_constant(target, name)
         output = func(*args, **kwargs)
-        if batch_free and not any(word in name for word in _RANDOM):
+        if batch_free:
+            self._changed_without_examples((args, kwargs))
+        if batch_free and not any(word in name for word in operations.RANDOM):
             for tensor in tensors_in(output):
                 self._kinds.setdefault(id(tensor), (_CONSTANT, tensor))
         return output
 
     def _run_on_parameters_alone(self, func: Any, args: Any, kwargs: Any) -> Any:
-        output = func(*args, **kwargs)
-        for tensor in tensors_in(output):
-            kind = self._kinds.get(id(tensor))
-            if kind is None or kind[0] == _CONSTANT:
-                self._kinds[id(tensor)] = (_DERIVED if tensor.requires_grad else _CONSTANT, tensor)
-        if _is_in_place(getattr(func, "__name__", "")) and args and isinstance(args[0], Tensor):
+        if hooked():  # what is computed from parameters alone is asked for more than once a pass
+            with saved_tensors_hooks(_as_it_is, _as_it_is):
+                output = func(*args, **kwargs)
+        else:
+            output = func(*args, **kwargs)
+        self._computed(output)
+        self._changed_without_examples((args, kwargs))
+        if operations.is_in_place(operations.name_of(func)) and args and isinstance(args[0], Tensor):
             for tensor in (args[0], *([] if args[0]._base is None else [args[0]._base])):
                 if tensor.requires_grad and id(tensor) not in self._names:
                     self._kinds[id(tensor)] = (_DERIVED, tensor)
         return output
+
+    def applied(self, arguments: Any, output: Any) -> None:
+        """A custom autograd function of parameters and constants alone gives such a tensor too."""
+        kinds = [self._kinds.get(id(tensor)) for tensor in tensors_in(arguments)]
+        if kinds and all(kind is not None and kind[0] != _BATCHED for kind in kinds):
+            self._computed(output)
+
+    def _computed(self, output: Any) -> None:
+        """Take note of a tensor that is computed from parameters and constants alone."""
+        for tensor in tensors_in(output):
+            kind = self._kinds.get(id(tensor))
+            if kind is None or kind[0] == _CONSTANT:
+                self._kinds[id(tensor)] = (_DERIVED if tensor.requires_grad else _CONSTANT, tensor)
+
+    def _changed_without_examples(self, arguments: Any) -> None:
+        """Buffers may change where no example has a part: power iterations, counters of steps."""
+        for tensor in tensors_in(arguments):
+            if id(tensor) in self._versions:
+                self._versions[id(tensor)] = tensor._version
 
     def _forget_constant(self, target: Tensor, name: str) -> None:
         for tensor in (target, *([] if target._base is None else [target._base])):
@@ -197,76 +309,161 @@ class Recorder(TorchFunctionMode):
             if kind is None:
                 continue
             if kind[0] == _BUFFER:
-                raise BufferUpdateError(
-                    f"A buffer of shape {tuple(tensor.shape)} is changed in place by {name} from the examples.",
-                    fix="make the buffer a constant (eval mode, track_running_stats=False): it would not be private",
-                )
-            del self._kinds[id(tensor)]
+                raise _updated(tensor, name)
+            if kind[0] == _CONSTANT:
+                del self._kinds[id(tensor)]
 
-    def _record(self, func: Any, args: Any, kwargs: Any, used: set[int]) -> Any:
-        name = getattr(func, "__name__", "")
-        if _is_in_place(name) and (id(args[0]) in used or name == "__setitem__"):
+    def _use(self, func: Any, args: Any, kwargs: Any, used: set[int]) -> Any:
+        name = operations.name_of(func)
+        if operations.is_in_place(name) and id(args[0]) in used:
             raise UnsupportedOpError(
-                f"{name} writes a parameter and examples into one tensor in place.",
+                f"{name} writes examples into a parameter, or a tensor computed from parameters, in place.",
                 fix="build the tensor with torch.cat, torch.where or addition instead",
             )
-        operands, claimed = self._claim(func, args, kwargs, used)
-        rng_state = torch.get_rng_state() if any(rule.replays for _, _, rule in claimed) else None
-        detach = _detacher(clone=args[0] if _is_in_place(name) else None)
-        saved_args, saved_kwargs = map_tensors(detach, args), map_tensors(detach, kwargs)
-        saved_operands = map_tensors(detach, operands)
+        if torch._C._are_functorch_transforms_active():
+            raise UnsupportedOpError(
+                f"{name} uses a parameter inside a torch.func transform (vmap, grad, jvp).",
+                fix="call the model on the whole batch; dither gives per-example gradients without vmap",
+            )
+        body = operations.in_two_steps(func, args) or self._rules.decomposition(func)
+        if body is None:
+            operands, claimed = self._rules.claim(func, args, kwargs, used)
+            if any(rule.replays for _, _, rule in claimed):
+                body = operations.opened(func)
+        if body is not None:
+            with self._resumed():
+                return body(*args, **kwargs)
+        return self._record(func, args, kwargs, operands, claimed)
+
+    def _record(self, func: Any, args: Any, kwargs: Any, operands: dict[str, Any], claimed: Any) -> Any:
+        in_place = operations.is_in_place(operations.name_of(func))
+        detach = _Detacher(clone=args[0] if in_place else None)
+        saved = tuple(map_tensors(detach, tree) for tree in (args, kwargs, operands))
+        replays = any(rule.replays for _, _, rule in claimed)
+        rng_state = torch.get_rng_state() if replays else None
+        autocast = operations.autocast_of(args) if replays else None
         output = func(*map_tensors(self._live, args), **map_tensors(self._live, kwargs))
-        if rng_state is not None and torch.equal(rng_state, torch.get_rng_state()):
-            rng_state = None
+        rng_state = self._drawn(rng_state, func)
+        if rng_state is not None and self._randomness == "same" and _rows(args, self._kinds) > 1:
+            with self._resumed():
+                examples = {id(t): self._followed_from_here(t) for t in tensors_in(args) if id(t) not in self._kinds}
+                return _row_by_row(func, args, kwargs, examples, rng_state)
         outputs = [t for t in tensors_in(output) if t.is_floating_point() or t.is_complex()]
-        call = OpCall(
-            index=len(self.tape.calls),
-            function=func,
-            args=saved_args,
-            kwargs=saved_kwargs,
-            operands=saved_operands,
-            output_shapes=tuple(t.shape for t in outputs),
-            rng_state=rng_state,
-            versions=tuple((t, t._version) for t in tensors_in((saved_args, saved_kwargs))),
-        )
-        self.tape.calls.append(call)
-        for slot, tensor_id, rule in claimed:
-            tensor = self._kinds[tensor_id][1]
-            label = self._names.get(tensor_id) or f"a tensor of shape {tuple(tensor.shape)} computed from parameters"
-            self.tape.uses.append(ParamUse(call, slot, tensor, label, rule))
-        return self._listen(output, outputs, call.index)
+        held, hidden = self._hide(detach.done, saved, len(outputs)) if hooked() else ([None] * len(outputs), None)
+        if self._replays:
+            return self._listen(output, outputs, None, held)
+        first = len(self.tape.calls)
+        source = not any(t.requires_grad for t in tensors_in((args, kwargs)) if id(t) not in self._kinds)
+        shown = saved if hidden is None else hidden
+        for position, tensor in enumerate(outputs):
+            call = OpCall(
+                index=first + position,
+                function=func,
+                args=shown[0],
+                kwargs=shown[1],
+                operands=shown[2],
+                output_shape=tensor.shape,
+                versions=tuple((t, t._version) for t in tensors_in(shown[:2])),
+                output=position,
+                source=source,
+                rng_state=rng_state,
+                autocast=autocast,
+                hidden=hidden,
+            )
+            self.tape.calls.append(call)
+            for slot, tensor_id, rule in claimed:
+                used = self._kinds[tensor_id][1]
+                self.tape.uses.append(ParamUse(call, slot, used, self._label(used), rule))
+        return self._listen(output, outputs, first, held)
+
+    def _drawn(self, before: Tensor | None, func: Any) -> Tensor | None:
+        """The random state before the operation, if it drew from it."""
+        if before is None or torch.equal(before, torch.get_rng_state()):
+            return None
+        if self._randomness == "error":
+            raise UnsupportedOpError(
+                f"{operations.name_of(func)} takes a parameter and draws random numbers, which randomness='error' "
+                "forbids.",
+                fix="randomness='different' takes the gradient with the numbers that were drawn",
+            )
+        return before
+
+    def _hide(self, detached: dict[int, Tensor], saved: Any, outputs: int) -> tuple[list[Any], Any]:
+        """Give the inputs that are not parameters or constants into the care of the active hooks, once an output."""
+        inputs = [copy for original, copy in detached.items() if original not in self._kinds]
+        held = [keep(self.anchor, inputs) for _ in range(outputs)]
+        if self._replays:
+            return held, None
+        places = {id(copy): Hidden(position, copy.shape) for position, copy in enumerate(inputs)}
+        hidden = tuple(map_tensors(lambda t: places.get(id(t), t), tree) for tree in saved)
+        return held, hidden
+
+    def _label(self, tensor: Tensor) -> str:
+        return self._names.get(id(tensor)) or f"a tensor of shape {tuple(tensor.shape)} computed from parameters"
 
     def _live(self, tensor: Tensor) -> Tensor:
         kind = self._kinds.get(id(tensor))
         return tensor.detach() if kind is not None and kind[0] in (_PARAMETER, _DERIVED) else tensor
 
-    def _listen(self, output: Any, outputs: list[Tensor], call: int) -> Any:
+    def _in_graph(self, tensor: Tensor) -> Tensor:
+        """An output with a graph node of its own, which an in-place operation on it leaves in its place."""
+        if tensor._is_view():  # an in-place operation would put another node in the place of a view's
+            tensor = torch.ops.aten._unsafe_view(tensor, tensor.shape)
+        if not tensor.requires_grad:
+            tensor = _anchored(self.anchor, tensor)
+        return tensor
+
+    def _listen(self, output: Any, outputs: list[Tensor], first: int | None, held: list[Any]) -> Any:
+        """Put the outputs into the graph, where their gradients will be delivered; `first` is None in a replay."""
         replaced: dict[int, Tensor] = {}
         for position, tensor in enumerate(outputs):
-            live = tensor if tensor.requires_grad else _Anchor.apply(self.anchor, tensor)
-            _after_tensor_hooks(live, partial(self.tape.deliver, call, position))
+            live = self._in_graph(tensor)
             replaced[id(tensor)] = live
-            if position == 0 and self._on_output is not None:
-                self._on_output(live, call)
+            if first is None:
+                continue
+            call = first + position
+            _after_tensor_hooks(live, partial(self.tape.deliver, call, held[position]))
+            node: Any = live.grad_fn
+            node.metadata.setdefault(CALL, []).append(call)
+            if self.on_output is not None:
+                self.on_output(live, call)
         return map_tensors(lambda t: replaced.get(id(t), t), output)
 
 
-def _refuse_batch_statistics(
-    input: Tensor,
-    running_mean: Any = None,
-    running_var: Any = None,
-    weight: Any = None,
-    bias: Any = None,
-    training: bool = False,
-    *_: Any,
-    **__: Any,
-) -> None:
-    if training:
-        raise CoupledExamplesError(
-            f"The batch normalisation of a tensor of shape {tuple(input.shape)} uses the statistics of all examples.",
-            fix="use group, layer or instance normalisation (Opacus: ModuleValidator.fix), or put the layer in eval "
-            "mode",
+_anchored = _Anchor.apply
+"""Bound now: while recording, `torch.autograd.Function.apply` is watched."""
+
+
+def _updated(buffer: Tensor, name: str) -> BufferUpdateError:
+    return BufferUpdateError(
+        f"A buffer of shape {tuple(buffer.shape)} is changed in place by {name} from the examples.",
+        fix="make the buffer a constant (eval mode, track_running_stats=False): it would not be private",
+    )
+
+
+def _rows(args: Any, kinds: Mapping[int, Any]) -> int:
+    """Length of the first axis, which all inputs that are not parameters must share, and no parameter."""
+    sizes = {t.shape[0] if t.dim() else 0 for t in tensors_in(args) if id(t) not in kinds}
+    others = {t.shape[0] if t.dim() else 0 for t in tensors_in(args) if id(t) in kinds}
+    if len(sizes) != 1 or sizes & others - {1}:
+        raise UnsupportedOpError(
+            f"randomness='same' cannot take one row of {sizes} at a time beside parameters of {others}.",
+            fix="randomness='different', or a parameter whose first axis is not the batch's",
         )
+    return sizes.pop()
+
+
+def _row_by_row(func: Any, args: Any, kwargs: Any, examples: Mapping[int, Tensor], rng_state: Tensor) -> Tensor:
+    """A random operation on one row of the examples at a time, each with the same random numbers."""
+    outputs = []
+    for row in range(len(next(iter(examples.values())))):
+        torch.set_rng_state(rng_state)
+        outputs.append(func(*[examples[id(a)][row : row + 1] if id(a) in examples else a for a in args], **kwargs))
+    return torch.cat(outputs)
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _after_tensor_hooks(tensor: Tensor, deliver: Callable[[Tensor], None]) -> None:
@@ -285,45 +482,19 @@ def _after_tensor_hooks(tensor: Tensor, deliver: Callable[[Tensor], None]) -> No
 def alias(tensor: Tensor, anchor: Tensor, deliver: Callable[[Tensor], None]) -> Tensor:
     """The same memory as a tensor that has a graph node, whose gradients are delivered."""
     with _unsafe_preserve_version_counter(tensor):  # nothing is written
-        tracked: Tensor = _Anchor.apply(anchor, tensor.detach())
+        tracked: Tensor = _anchored(anchor, tensor.detach())
     _after_tensor_hooks(tracked, deliver)
     return tracked
 
 
-def _base_name(function: Any) -> str:
-    name: str = getattr(function, "__name__", "")
-    return name if name.startswith("__") else name.removesuffix("_")
+class _Detacher:
+    """Detaches each tensor once, keeping identity; `clone` is about to be overwritten."""
 
+    def __init__(self, clone: Tensor | None) -> None:
+        self.done: dict[int, Tensor] = {}
+        self._clone = clone
 
-def _options(tree: Any) -> Any:
-    """The arguments that are not tensors, hashable."""
-    if isinstance(tree, Tensor):
-        return None
-    if isinstance(tree, (list, tuple)):
-        return tuple(_options(item) for item in tree)
-    if isinstance(tree, dict):
-        return tuple((key, _options(item)) for key, item in tree.items())
-    if isinstance(tree, slice):
-        return ("slice", _options((tree.start, tree.stop, tree.step)))
-    return tree if isinstance(tree, (int, float, str, bool, torch.dtype)) else type(tree)
-
-
-def _is_in_place(name: str) -> bool:
-    dunder = name.startswith("__")
-    return (
-        (name.endswith("_") and not dunder)
-        or name == "__setitem__"
-        or (dunder and name.startswith("__i") and name not in ("__invert__", "__index__", "__int__"))
-    )
-
-
-def _detacher(clone: Tensor | None) -> Callable[[Tensor], Tensor]:
-    """Detach each tensor once, keeping identity; `clone` is about to be overwritten."""
-    done: dict[int, Tensor] = {}
-
-    def detach(tensor: Tensor) -> Tensor:
-        if id(tensor) not in done:
-            done[id(tensor)] = tensor.detach().clone() if tensor is clone else tensor.detach()
-        return done[id(tensor)]
-
-    return detach
+    def __call__(self, tensor: Tensor) -> Tensor:
+        if id(tensor) not in self.done:
+            self.done[id(tensor)] = tensor.detach().clone() if tensor is self._clone else tensor.detach()
+        return self.done[id(tensor)]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dither.capture.examples import ExampleAxis
+from dither.capture.examples import Layout
 from dither.errors import ExampleAxisError, SavedInputChangedError
 
 
@@ -43,9 +43,32 @@ def tensors_in(tree: Any) -> Iterator[Tensor]:
             yield from tensors_in(item)
 
 
+@dataclass(frozen=True)
+class Hidden:
+    """Stands for a saved input that saved-tensor hooks hold (an activation checkpoint, say) until backward.
+
+    Attributes:
+        position: its place among the operation's hidden inputs.
+        shape: the input's shape.
+    """
+
+    position: int
+    shape: torch.Size
+
+    def numel(self) -> int:
+        """Number of elements."""
+        return self.shape.numel()
+
+    def dim(self) -> int:
+        """Number of axes."""
+        return len(self.shape)
+
+
 @dataclass(frozen=True, eq=False)
 class OpCall:
-    """One recorded operation, its tensors detached.
+    """One output of one recorded operation, the operation's tensors detached.
+
+    An operation with several outputs is several calls that share their arguments.
 
     Attributes:
         index: position on the tape.
@@ -53,9 +76,13 @@ class OpCall:
         args: positional arguments, parameters and inputs detached.
         kwargs: keyword arguments, likewise.
         operands: the arguments by the operation's own names, for operations with a rule.
-        output_shapes: shape of every floating-point output.
+        output_shape: shape of the output.
+        output: which of the operation's floating-point outputs it is.
+        source: whether no graph leads on from its inputs, so that nothing shows whose rows they are.
         versions: version counters of the saved inputs, to notice a change in place.
         rng_state: the random state before a random operation without a rule, so that it can be replayed.
+        autocast: device type and dtype of the autocast region the operation ran in, if it is to be replayed.
+        hidden: the arguments with `Hidden` in the places of inputs that hooks hold; None if there are none.
     """
 
     index: int
@@ -63,9 +90,13 @@ class OpCall:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     operands: dict[str, Any]
-    output_shapes: tuple[torch.Size, ...]
+    output_shape: torch.Size
     versions: tuple[tuple[Tensor, int], ...]
+    output: int = 0
+    source: bool = False
     rng_state: Tensor | None = None
+    autocast: tuple[str, torch.dtype] | None = None
+    hidden: tuple[Any, Any, Any] | None = None
 
     @property
     def name(self) -> str:
@@ -77,6 +108,19 @@ class OpCall:
         for name, empty in (("args", ()), ("kwargs", {}), ("operands", {}), ("versions", ())):
             object.__setattr__(self, name, empty)
 
+    def restore(self, tensors: tuple[Any, ...]) -> None:
+        """Put the hidden inputs back in their places."""
+        self._set(*(_fill(tree, tensors) for tree in self.hidden or ()))
+
+    def conceal(self) -> None:
+        """Let go of hidden inputs again: another pass restores them."""
+        if self.hidden is not None:
+            self._set(*self.hidden)
+
+    def _set(self, args: Any, kwargs: Any, operands: Any) -> None:
+        for name, value in (("args", args), ("kwargs", kwargs), ("operands", operands)):
+            object.__setattr__(self, name, value)
+
     def check_unchanged(self) -> None:
         """Raise SavedInputChangedError if a saved input was changed in place since the call."""
         for tensor, version in self.versions:
@@ -86,6 +130,17 @@ class OpCall:
                     "used with it, so the per-example gradient cannot be formed from it.",
                     fix="change a copy (x = x + y instead of x += y) or clone the input before the in-place operation",
                 )
+
+
+def _fill(tree: Any, tensors: tuple[Any, ...]) -> Any:
+    if isinstance(tree, Hidden):
+        return tensors[tree.position]
+    if isinstance(tree, (list, tuple)):
+        items = [_fill(item, tensors) for item in tree]
+        return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
+    if isinstance(tree, dict):
+        return {key: _fill(item, tensors) for key, item in tree.items()}
+    return tree
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,10 +161,10 @@ class ParamUse:
     parameter: Tensor
     name: str
     rule: Any
-    axis: ExampleAxis | None = None
+    axis: Layout | None = None
 
     @property
-    def examples(self) -> ExampleAxis:
+    def examples(self) -> Layout:
         """The decided example axis."""
         if self.axis is None:
             raise ExampleAxisError(
@@ -130,13 +185,38 @@ class ParamUse:
 
 @dataclass
 class Tape:
-    """Operations in the order they ran, and where output gradients go as they arrive."""
+    """Operations in the order they ran, and where output gradients go as they arrive.
+
+    Attributes:
+        calls: every output of every recorded operation.
+        uses: the parameters' uses in them.
+        sink: what gets each output gradient, with its call's index.
+        restores: whether hidden inputs are restored before the sink is called.
+        followed: shapes of inputs that are followed, by negative index.
+    """
 
     calls: list[OpCall] = field(default_factory=list)
     uses: list[ParamUse] = field(default_factory=list)
-    sink: Callable[[int, int, Tensor], None] | None = None
+    sink: Callable[[int, Tensor], None] | None = None
+    restores: bool = False
+    followed: dict[int, torch.Size] = field(default_factory=dict)
 
-    def deliver(self, call: int, output: int, gradient: Tensor) -> None:
-        """Hand an output gradient to whoever listens; called by autograd."""
-        if self.sink is not None:
-            self.sink(call, output, gradient)
+    @property
+    def hides(self) -> bool:
+        """Whether some inputs are held by saved-tensor hooks."""
+        return any(call.hidden is not None for call in self.calls)
+
+    def deliver(self, call: int, held: Callable[[], tuple[Any, ...]] | None, gradient: Tensor) -> None:
+        """Hand an output gradient to whoever listens; called by autograd.
+
+        Args:
+            call: the call's index; negative for what is followed without being an operation's output.
+            held: gives the call's hidden inputs; None if there are none.
+            gradient: the output's gradient.
+        """
+        if self.sink is None:
+            return
+        if held is not None and self.restores:
+            self.calls[call].restore(held())  # a checkpoint recomputes here, and the recorder must see it
+        with torch._C.DisableTorchFunction():
+            self.sink(call, gradient)

@@ -1,6 +1,7 @@
 """The `dither` command: finds the subcommand, and turns errors into messages and exit codes.
 
-Exit codes: 0 done; 2 something in the request cannot work (message and fix on stderr); 130 interrupted, resumable.
+Exit codes: 0 done; 1 `dither verify` refused, or found a model not exact; 2 something in the request cannot work
+(message and fix on stderr); 130 interrupted, resumable.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ COMMANDS = {
     "train": "train a diffusion transformer privately; with no arguments, on digits, in about three minutes",
     "sample": "draw images of a class from a trained run",
     "budget": "epsilon from noise, noise from epsilon, steps from both",
+    "verify": "is every example's gradient exact and its own, for this model and batch?",
 }
 """By name, one line of help; the command lives in `dither.cli.<name>`, imported only when it is asked for."""
 
@@ -27,6 +29,7 @@ Start here:
   dither train                                          a run folder under runs/, samples.png inside
   dither sample runs/digits-... --label 3 --count 16    more images of one class
   dither budget --dataset_size 60000 --batch_size 1024 --steps 5000 --epsilon 8 --delta 1e-5
+  dither verify model.py:make                           a model of yours, before you train it privately
 
 `dither COMMAND --help` explains each option. `--debug` shows tracebacks. `dither --version` prints the version.
 """

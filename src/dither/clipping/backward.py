@@ -2,31 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dither.capture.coverage import (
+    Leaves,
     Places,
     Probe,
+    Replaying,
     Seed,
     check_loss,
     decide_examples,
     leaves_of,
+    nodes_of,
     nothing_escapes,
+    run_backward,
     send_back,
     with_axes,
 )
-from dither.capture.examples import ExampleAxis
-from dither.capture.recorder import Recorder
+from dither.capture.examples import ExampleAxis, Layout, Ragged
+from dither.capture.recorder import CALL, Recorder
 from dither.capture.uses import ParamUse, Tape
 from dither.clipping.gradients import Added, Buffers, Collector, Held, NotFormed, pull_back
 from dither.clipping.memory import memory_of, relative_to
 from dither.clipping.plan import Plan, PlannedUse, choose
-from dither.errors import ConfigurationError, CoverageError
-from dither.rules import claim
+from dither.errors import BufferUpdateError, ConfigurationError, CoverageError, UnsupportedOpError
+from dither.rules import table
 
 LossFunction = Callable[[], Tensor]
 
@@ -34,9 +38,45 @@ LossFunction = Callable[[], Tensor]
 def trainable(model: nn.Module) -> dict[str, Tensor]:
     """The model's trainable parameters by name; a tied parameter once, by its first name."""
     found: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    hooked = [name for name, p in found.items() if p._backward_hooks]
+    if hooked:
+        raise UnsupportedOpError(
+            f"Parameter {hooked[0]} has a hook on its gradient, which would have to run on each example's.",
+            fix="remove the hook; change the sum's gradients after clipped_sum, or freeze parts by splitting them off",
+        )
     if not found:
         raise ConfigurationError("The model has no trainable parameters.", fix="set requires_grad=True on some of them")
     return found
+
+
+def _check_mode() -> None:
+    """Raise CoverageError where autograd cannot run, or what runs would be replayed without the recorder."""
+    if torch.is_inference_mode_enabled():
+        raise CoverageError(
+            "Gradients are asked for inside torch.inference_mode.", fix="leave it, or use torch.no_grad around the rest"
+        )
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise CoverageError(
+            "A CUDA graph is being captured: its replays would skip the proofs, and clip with this batch's factors.",
+            fix="call it outside of the capture; capture parts of the model without parameters",
+        )
+
+
+def _check_buffers(before: Mapping[str, Tensor], model: nn.Module, recorder: Recorder) -> None:
+    """Raise BufferUpdateError for a buffer that another tensor took the place of, unless that is a constant."""
+    constants = {id(tensor) for tensor in recorder.constants()}
+    for name, buffer in model.named_buffers():
+        if name in before and before[name] is not buffer and id(buffer) not in constants:
+            raise BufferUpdateError(
+                f"Buffer {name} was replaced by a tensor computed from the examples.",
+                fix="make the buffer a constant: it would not be private",
+            )
+
+
+def constants_of(model: nn.Module) -> Iterator[Tensor]:
+    """What the examples must not change: buffers and frozen parameters."""
+    yield from model.buffers()
+    yield from (p for p in model.parameters() if not p.requires_grad)
 
 
 class Recorded:
@@ -56,10 +96,19 @@ class Recorded:
         self._memory = memory_of(model)
         self._trace: tuple[Any, ...] = ()
         self._reorders = False
+        self.replaying: Replaying | None = None
+        self.anchor = torch.empty(0)
+
+    def nodes(self) -> Mapping[int, Any]:
+        """The graph node of each recorded output, by its call's index."""
+        return {}
 
     def take(self, recorder: Recorder) -> None:
         """Take what a recorder saw, once it has stopped."""
-        self.tape = recorder.tape
+        self.tape, self.anchor = recorder.tape, recorder.anchor
+        self.replaying = recorder.replaying if recorder.tape.hides else None
+        self._memory.keep_constants(recorder.constants())
+        recorder.on_output = None
         self._trace, self._reorders = recorder.trace, recorder.reorders_by_data
 
     @property
@@ -101,26 +150,35 @@ class Recorded:
             CaptureError: its kinds, as `decide_examples`.
         """
         functions = hash(tuple(function for function, *_ in self._trace))
-        axes = self._memory.recall(self._signature(context), (functions, role))
-        anew = axes is None
-        if axes is None:
-            axes = self.decide_anew(probe, known, context)
+        kept = self._memory.recall(self._signature(context), (functions, role))
+        anew = kept is None
+        axes = self.decide_anew(probe, known, context) if kept is None else {**kept}
         self.undecided = any(axis is None for axis in axes.values())
         with_axes(self.tape, axes)
         return anew
 
     def decide_anew(
-        self, probe: Probe, known: Mapping[int, ExampleAxis] | None = None, context: Any = None
-    ) -> dict[int, ExampleAxis | None]:
-        """Probe, and remember the layouts."""
+        self,
+        probe: Probe,
+        known: Mapping[int, ExampleAxis] | None = None,
+        context: Any = None,
+        thorough: bool = False,
+    ) -> dict[int, Layout | None]:
+        """Probe, and remember the layouts; `thorough` also where this sequence of operations was proved before."""
         # Every pair of examples once for each sequence of operations; other batch sizes of it need the layouts only.
         trace = hash(relative_to(self.batch, self._trace))
-        sequence = (trace, self.batch > 2, context)
-        axes = decide_examples(Places.of(self.tape), self.batch, probe, sequence not in self._memory.uncoupled, known)
+        sequence = (trace, self.batch > 2, tuple(self.tape.followed), context)
+        thorough |= self._reorders or sequence not in self._memory.uncoupled
+        places = Places.of(self.tape, self.anchor, self.nodes)
+        axes = decide_examples(places, self.batch, probe, thorough, known)
+        if any(isinstance(axis, Ragged) or not (axis is None or axis.certain) for axis in axes.values()):
+            return axes  # it is the data that order these rows, or more of them may be reached next time
         self._memory.uncoupled.add(sequence)
-        axes = self._memory.keep(self._signature(context), axes)
-        self.likely = self._memory.likely(trace, self.batch, axes)
-        return axes
+        regular = self._memory.keep(
+            self._signature(context), {i: a for i, a in axes.items() if not isinstance(a, Ragged)}
+        )
+        self.likely = self._memory.likely(trace, self.batch, regular)
+        return {**regular}
 
     def _signature(self, context: Any) -> Any:
         """What must be the same for decided places to hold: every operation, its options, and every output's shape.
@@ -129,7 +187,7 @@ class Recorded:
         """
         if self._reorders:
             return None
-        calls = tuple(call.output_shapes for call in self.tape.calls)
+        calls = tuple(call.output_shape for call in self.tape.calls)
         uses = tuple((use.call.index, use.slot, use.name) for use in self.tape.uses)
         return (self.batch, self._trace, calls, uses, context)
 
@@ -142,63 +200,82 @@ class Recording(Recorded):
         loss_fn: no arguments; returns one loss per example, shape (B,).
     """
 
-    def __init__(self, model: nn.Module, loss_fn: LossFunction) -> None:
+    def __init__(self, model: nn.Module, loss_fn: LossFunction, randomness: str = "different") -> None:
+        _check_mode()
         parameters = trainable(model)
-        recorder = Recorder(parameters, model.buffers(), claim)
+        recorder = Recorder(
+            parameters, constants_of(model), table, randomness=randomness, constants=memory_of(model).constants()
+        )
+        before = dict(model.named_buffers())
         with recorder, torch.enable_grad():
             losses = loss_fn()
+        recorder.check_state()
+        _check_buffers(before, model, recorder)
         super().__init__(model, parameters)
-        self.take(recorder)
         self.losses = check_loss(losses)
         self.batch = int(self.losses.shape[0])
         if self.batch and self.losses.grad_fn is None:
             raise CoverageError(
                 "No trainable parameter of the model was used with the examples while loss_fn ran.",
-                fix="call the model inside loss_fn, without torch.no_grad or detach, and train this model's parameters",
+                fix="call the model inside loss_fn, without torch.no_grad, torch.inference_mode or detach, and train "
+                "this model's parameters",
             )
+        self._leaves = Leaves((), frozenset())
         if self.batch:
-            with nothing_escapes(self.losses, self.parameters):
-                self.decide(self._probe)
+            self._leaves = Leaves.behind(
+                self.losses, self.parameters, recorder.custom_nodes(), recorder.parameters_in_graph()
+            )
+        self.take(recorder)
+        self._known: dict[int, ExampleAxis] = {}
+        if self.batch:
+            self._known = {i: declared.layout(t, self.batch) for i, (t, declared) in recorder.layouts.items()}
+            with nothing_escapes(self._leaves, self.parameters):
+                self.decide(self._probe, self._known)
 
-    def _probe(self, examples: list[int] | None) -> dict[int, Tensor]:
-        return send_back(self.tape, [Seed.of(self.losses, ExampleAxis(0, 1, self.batch, 1))], examples)
+    def nodes(self) -> Mapping[int, Any]:
+        """As they lie behind the losses."""
+        return {call: node for node in nodes_of([self.losses]) for call in node.metadata.get(CALL, [])}
 
-    def backward(
-        self, receive: Callable[[ParamUse, Tensor], None], weights: Tensor | None = None, keep_graph: bool = False
-    ) -> None:
+    def _probe(self, examples: list[int] | None, zero: bool = False) -> dict[int, Tensor]:
+        seeds = [Seed.of(self.losses, ExampleAxis(0, 1, self.batch, 1))]
+        return send_back(self.tape, seeds, examples, zero, self.replaying)
+
+    def backward(self, receive: Callable[[ParamUse, Tensor], bool], keep_graph: bool = False) -> None:
         """Send the losses back; `receive` gets each use and its output gradient as they arrive.
 
         Args:
-            receive: called once a use.
-            weights: (B,) factors of the losses; ones if None.
+            receive: called once a use; returns whether it still needs the use's inputs.
             keep_graph: whether another pass follows.
         """
         uses = self.uses_by_call()
         late: list[tuple[int, Tensor]] = []
 
-        def sink(call: int, output: int, gradient: Tensor) -> None:
+        def sink(call: int, gradient: Tensor) -> None:
+            if call not in uses:  # a declared input
+                return
             if uses[call][0].axis is None:
                 late.append((call, gradient))
                 return
             self.tape.calls[call].check_unchanged()
-            for use in uses[call]:
-                receive(use, gradient)
+            needed = [receive(use, gradient) for use in uses[call]]
+            if not any(needed):
+                self.tape.calls[call].conceal()
 
-        seed = torch.ones_like(self.losses) if weights is None else weights.to(self.losses.dtype)
-        with nothing_escapes(self.losses, self.parameters), torch.no_grad():
-            self.tape.sink = sink
+        seed = torch.ones_like(self.losses)
+        with nothing_escapes(self._leaves, self.parameters), torch.no_grad():
+            self.tape.sink, self.tape.restores = sink, True
             try:
-                torch.autograd.backward(self.losses, seed, retain_graph=keep_graph or self.undecided)
+                run_backward([self.losses], [seed], keep_graph or self.undecided, self.replaying)
             finally:
-                self.tape.sink = None
+                self.tape.sink, self.tape.restores = None, False
             self._settle(late, receive)
 
-    def _settle(self, late: list[tuple[int, Tensor]], receive: Callable[[ParamUse, Tensor], None]) -> None:
+    def _settle(self, late: list[tuple[int, Tensor]], receive: Callable[[ParamUse, Tensor], bool]) -> None:
         """Deliver gradients that arrived where none had before: decide those outputs' examples now."""
         late = [(call, gradient) for call, gradient in late if bool(gradient.any())]
         if not late:
             return
-        with_axes(self.tape, self.decide_anew(self._probe))
+        with_axes(self.tape, self.decide_anew(self._probe, self._known, thorough=True))
         for call, gradient in late:
             for use in self.tape.uses:
                 if use.call.index == call:

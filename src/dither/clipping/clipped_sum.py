@@ -48,6 +48,7 @@ def clipped_sum(
     rows_per_example: int | None = None,
     memory_budget: float | None = None,
     into: dict[str, Tensor] | None = None,
+    randomness: str = "different",
 ) -> ClippedSum:
     """Sum of per-example gradients, each scaled to norm at most `max_grad_norm`, in one forward and one backward pass.
 
@@ -65,6 +66,8 @@ def clipped_sum(
             layout is found without it, and checked against it.
         memory_budget: bytes that held per-example gradients may take; None for half of the free memory.
         into: tensors by parameter name; the sum is added to them in place (accumulation over micro-batches).
+        randomness: of a random operation that takes a parameter and has no rule: "different" numbers for each example,
+            as plain PyTorch draws them; the "same" numbers for each; or an "error".
 
     Returns:
         The sum and its sensitivity.
@@ -78,7 +81,7 @@ def clipped_sum(
     """
     check_strategy(strategy)
     clip = clipping_function(clipping, max_grad_norm)
-    recording = Recording(model, loss_fn)
+    recording = Recording(model, loss_fn, _check_randomness(randomness))
     _check_rows(recording, rows_per_example)
     sums = _sums(recording.parameters, into)
     budget = free_memory(recording.losses.device) / 2 if memory_budget is None else memory_budget
@@ -100,12 +103,15 @@ def clipped_sum(
     )
 
 
-def per_example_gradients(model: nn.Module, loss_fn: LossFunction) -> dict[str, Tensor]:
+def per_example_gradients(
+    model: nn.Module, loss_fn: LossFunction, *, randomness: str = "different"
+) -> dict[str, Tensor]:
     """Each example's gradient of its own loss.
 
     Args:
         model: any module.
         loss_fn: no arguments; returns one loss per example, shape (B,).
+        randomness: as `clipped_sum`.
 
     Returns:
         By parameter name, shape (B, *parameter.shape). A parameter that no loss reaches has zeros.
@@ -113,7 +119,7 @@ def per_example_gradients(model: nn.Module, loss_fn: LossFunction) -> dict[str, 
     Raises:
         CaptureError: its kinds, as `clipped_sum`.
     """
-    recording = Recording(model, loss_fn)
+    recording = Recording(model, loss_fn, _check_randomness(randomness))
     gradients = Gradients([recording], "hold", None)
     _collect(recording, gradients, False)
     found = {}
@@ -124,12 +130,13 @@ def per_example_gradients(model: nn.Module, loss_fn: LossFunction) -> dict[str, 
     return found
 
 
-def per_example_norms(model: nn.Module, loss_fn: LossFunction) -> Tensor:
+def per_example_norms(model: nn.Module, loss_fn: LossFunction, *, randomness: str = "different") -> Tensor:
     """Each example's gradient norm over all trainable parameters, without keeping its gradient.
 
     Args:
         model: any module.
         loss_fn: no arguments; returns one loss per example, shape (B,).
+        randomness: as `clipped_sum`.
 
     Returns:
         Shape (B,), float32 or wider.
@@ -137,18 +144,19 @@ def per_example_norms(model: nn.Module, loss_fn: LossFunction) -> Tensor:
     Raises:
         CaptureError: its kinds, as `clipped_sum`.
     """
-    recording = Recording(model, loss_fn)
+    recording = Recording(model, loss_fn, _check_randomness(randomness))
     gradients = Gradients([recording], "two_pass", None)
     norms = _collect(recording, gradients, False)
     return norms.to(torch.promote_types(recording.losses.dtype, torch.float32))
 
 
 def _collect(recording: Recording, gradients: Gradients, forget: bool) -> Tensor:
-    def receive(use: ParamUse, grad_output: Tensor) -> None:
+    def receive(use: ParamUse, grad_output: Tensor) -> bool:
         gradients.receive(use, grad_output)
         collector = gradients.collectors.get(use.name)
         if forget and isinstance(collector, NotFormed):
             collector.forget()
+        return not forget and isinstance(collector, NotFormed)
 
     if recording.batch:
         recording.backward(receive, keep_graph=forget)
@@ -157,24 +165,26 @@ def _collect(recording: Recording, gradients: Gradients, forget: bool) -> Tensor
 
 
 def _second_pass(recording: Recording, gradients: Gradients, factors: Tensor, sums: Mapping[str, Tensor]) -> None:
-    """Send the weighted losses back: their output gradients are clipped already."""
-    ones = torch.ones_like(factors)
+    """Send the losses back as before, so that what is weighted is, to the last bit, what the norms were taken of."""
 
-    def receive(use: ParamUse, grad_output: Tensor) -> None:
+    def receive(use: ParamUse, grad_output: Tensor) -> bool:
         if isinstance(gradients.collectors.get(use.name), NotFormed):
-            use.rule.add_weighted_sum(use, grad_output, ones, sums[use.name])
+            use.rule.add_weighted_sum(use, grad_output, factors, sums[use.name])
+        return False
 
-    recording.backward(receive, weights=factors)
+    recording.backward(receive)
 
 
 def _sums(parameters: Mapping[str, Tensor], into: dict[str, Tensor] | None) -> dict[str, Tensor]:
     if into is None:
         return {name: torch.zeros_like(p, requires_grad=False) for name, p in parameters.items()}
     for name, parameter in parameters.items():
-        if name not in into or into[name].shape != parameter.shape:
-            got = tuple(into[name].shape) if name in into else "nothing"
+        fits = name in into and into[name].shape == parameter.shape
+        if not fits or not (into[name].is_floating_point() or into[name].is_complex()):
+            got = f"{tuple(into[name].shape)}, {into[name].dtype}" if name in into else "nothing"
             raise ConfigurationError(
-                f"`into` needs a tensor of shape {tuple(parameter.shape)} for parameter {name}; it has {got}.",
+                f"`into` needs a floating-point tensor of shape {tuple(parameter.shape)} for parameter {name}; it has "
+                f"{got}.",
                 fix="pass the .gradients of an earlier clipped_sum, or zeros shaped like every trainable parameter",
             )
     return into
@@ -195,6 +205,14 @@ def _check_rows(recording: Recording, rows_per_example: int | None) -> None:
                 f"{axis.inner}; rows_per_example={rows_per_example} says otherwise.",
                 fix="repeat each example's rows consecutively (repeat_interleave, not repeat), or leave it None",
             )
+
+
+def _check_randomness(randomness: str) -> str:
+    if randomness not in ("different", "same", "error"):
+        raise ConfigurationError(
+            f"randomness must be 'different', 'same' or 'error'; it is {randomness!r}.", fix="'different'"
+        )
+    return randomness
 
 
 def free_memory(device: torch.device) -> float:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from dither.capture.examples import ExampleAxis
 from dither.clipping.gradients import Buffers
@@ -25,6 +26,16 @@ class Memory:
     relative: dict[int, dict[int, ExampleAxis]] = field(default_factory=dict)
     proved: dict[Any, int] = field(default_factory=dict)
     passes: int = 0
+    _constants: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
+
+    def constants(self) -> list[Tensor]:
+        """Tensors computed from constants alone in earlier recordings, that somebody kept and nobody changed."""
+        return [tensor for tensor, version in self._constants.items() if tensor._version == version]
+
+    def keep_constants(self, tensors: Iterable[Tensor]) -> None:
+        """Remember constants for as long as somebody else keeps them."""
+        for tensor in tensors:
+            self._constants[tensor] = tensor._version
 
     def recall(self, signature: Any, sequence: Any) -> dict[int, ExampleAxis | None] | None:
         """The axes kept for a signature.

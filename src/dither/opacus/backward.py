@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointError
 
-from dither.capture.coverage import checkpoint_escapes, untouched, with_axes
+from dither.capture.coverage import checkpoint_differs, run_backward, untouched, with_axes
 from dither.errors import CoverageError
 from dither.opacus.deciding import decide
 from dither.opacus.graph import Reached, reach
 from dither.opacus.recording import ModuleRecording
 
-Sink = Callable[[int, int, Tensor], None]
+Sink = Callable[[int, Tensor], None]
 
 
 class Owner(Protocol):
@@ -114,7 +114,11 @@ def _backward(
             recording.keeps_inputs = bool(retain_graph)
         publish = [owner.prepare_backward(recordings) for owner, recordings in owners_of(reached).items()]
         with untouched(parameters_of(reached)):
-            run(retain=any(recording.undecided for recording in reached.owners))
+            retain = any(recording.undecided for recording in reached.owners)
+            if reached.replaying is None:
+                run(retain)
+            else:
+                send(reached, roots, _gradients_for(roots, grad_tensors), bool(retain_graph) or retain)
             settle(reached.owners)
         for each in publish:
             each()
@@ -167,13 +171,11 @@ def session(reached: Reached) -> Iterator[None]:
             )
     for recording in reached.owners:
         recording.tape.sink = ignore
-    if reached.checkpointed:
-        raise checkpoint_escapes()
     _local.busy = True
     try:
         yield
     except CheckpointError as error:
-        raise checkpoint_escapes() from error
+        raise checkpoint_differs(error) from error
     finally:
         _local.busy = False
         for recording in reached.owners:
@@ -214,16 +216,29 @@ def inject(parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
         _unwrapped["backward"](list(parameters), list(gradients))
 
 
-def send(losses: Tensor, weights: Tensor, retain_graph: bool) -> None:
+def send(reached: Reached, roots: Sequence[Tensor], gradients: Sequence[Tensor], retain_graph: bool) -> None:
     """One plain backward pass inside a session."""
-    _unwrapped["backward"](losses, weights, retain_graph)
+    for recording in reached.owners:
+        recording.tape.restores = True
+    try:
+        run_backward(roots, gradients, retain_graph, reached.replaying)
+    finally:
+        for recording in reached.owners:
+            recording.tape.restores = False
 
 
-def ignore(call: int, output: int, gradient: Tensor) -> None:
+def _gradients_for(roots: Sequence[Tensor], gradients: Any) -> list[Tensor]:
+    """What backward() starts with: what was given, and one for a scalar."""
+    given = [gradients] if gradients is None or isinstance(gradients, Tensor) else list(gradients)
+    given += [None] * (len(roots) - len(given))
+    return [torch.ones_like(root) if g is None else g for root, g in zip(roots, given, strict=True)]
+
+
+def ignore(call: int, gradient: Tensor) -> None:
     """A sink that drops what arrives."""
 
 
-def outside(call: int, output: int, gradient: Tensor) -> None:
+def outside(call: int, gradient: Tensor) -> None:
     """The sink between backward passes: gradients of inputs may be taken, not gradients of gradients.
 
     Raises:

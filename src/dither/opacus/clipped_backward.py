@@ -18,7 +18,7 @@ from dither.clipping.gradients import NotFormed
 from dither.errors import CoverageError, LossShapeError
 from dither.opacus import backward, provenance
 from dither.opacus.deciding import decide
-from dither.opacus.graph import reach
+from dither.opacus.graph import Reached, reach
 from dither.opacus.recording import ModuleRecording
 
 
@@ -57,7 +57,7 @@ def clipped_backward(hooks: Any, optimizer: Any, losses: Tensor) -> None:
             decide(reached, [losses], seed, False)
         publish = [owner.prepare_backward(recordings) for owner, recordings in owners.items()]
         with untouched(backward.parameters_of(reached)):
-            sums = _clipped_sums(hooks, mine, losses, bound, reached.leaves)
+            sums = _clipped_sums(hooks, mine, losses, bound, reached)
         parameters = mine[0].parameters
         backward.inject([parameters[n] for n in sums], list(sums.values()))
         for each in publish:
@@ -104,7 +104,7 @@ def _check(recordings: Sequence[ModuleRecording], losses: Tensor, hooks: Any) ->
 
 
 def _clipped_sums(
-    hooks: Any, recordings: Sequence[ModuleRecording], losses: Tensor, bound: float, leaves: Sequence[Tensor]
+    hooks: Any, recordings: Sequence[ModuleRecording], losses: Tensor, bound: float, reached: Reached
 ) -> dict[str, Tensor]:
     """By name, the sum over examples of clipped gradients."""
     parameters, kept = recordings[0].parameters, recordings[0].kept
@@ -115,15 +115,16 @@ def _clipped_sums(
     gradients = hooks.collect(recordings, forget=hooks.strategy == "two_pass")
     with _restored(kept):
         undecided = any(recording.undecided for recording in recordings)
-        backward.send(losses, torch.full_like(losses, 1.0 / scale), again or undecided)
+        backward.send(reached, [losses], [torch.full_like(losses, 1.0 / scale)], again or undecided)
         backward.settle(recordings)
     with torch.no_grad():
         norms = hooks.set_norms(recordings[0], gradients, scale)
         dropped = ~torch.isfinite(norms)
         factors = torch.where(dropped, 0.0, (bound / (norms + 1e-6)).clamp(max=1.0))
     if again:
-        with hooks.quiet_hooks(), _restored([leaf for leaf in leaves if not any(leaf is p for p in kept)]):
-            gradients = _second_pass(hooks, recordings, losses, factors, dropped, gradients, sums) or gradients
+        others = [leaf for leaf in reached.leaves if not any(leaf is p for p in kept)]
+        with hooks.quiet_hooks(), _restored(others):
+            gradients = _second_pass(hooks, recordings, reached, losses, factors, dropped, gradients, sums) or gradients
     if not (hooks.strategy == "two_pass" and bool(dropped.any())):
         factors = factors * scale
     with torch.no_grad():
@@ -134,6 +135,7 @@ def _clipped_sums(
 def _second_pass(
     hooks: Any,
     recordings: Sequence[ModuleRecording],
+    reached: Reached,
     losses: Tensor,
     factors: Tensor,
     dropped: Tensor,
@@ -152,23 +154,32 @@ def _second_pass(
                 fix="remove the example, or the registered sampler: then the example is left out by itself",
             )
         again: Gradients = hooks.collect(recordings, strategy="tile")
-        backward.send(losses, torch.ones_like(losses), False)
+        backward.send(reached, [losses], [torch.ones_like(losses)], False)
         return again
+    # A registered sampler's layer gets its clipped sum from autograd, from weighted losses. Otherwise what is weighted
+    # is, to the last bit, what the norms were taken of.
+    scale = hooks.loss_scale(max(1, len(losses)))
+    sent = factors.to(losses.dtype) if recordings[0].kept else torch.full_like(losses, 1.0 / scale)
+    weights = torch.ones_like(factors) if recordings[0].kept else factors * scale
     for recording in recordings:
-        recording.tape.sink = _adding(recording, first, sums) if hooks.strategy == "two_pass" else backward.ignore
-    backward.send(losses, factors.to(losses.dtype), False)
+        adds = hooks.strategy == "two_pass"
+        recording.tape.sink = _adding(recording, first, sums, weights) if adds else backward.ignore
+    backward.send(reached, [losses], [sent], False)
     return None
 
 
-def _adding(recording: ModuleRecording, gradients: Gradients, sums: dict[str, Tensor]) -> backward.Sink:
-    """A sink that adds up the gradients, weighted already, of what the first pass did not keep."""
+def _adding(
+    recording: ModuleRecording, gradients: Gradients, sums: dict[str, Tensor], weights: Tensor
+) -> backward.Sink:
+    """A sink that adds up the weighted gradients of what the first pass did not keep."""
     uses = recording.uses_by_call()
-    ones = torch.ones(recording.batch, dtype=torch.float64, device=recording.device)
 
-    def sink(call: int, output: int, gradient: Tensor) -> None:
+    def sink(call: int, gradient: Tensor) -> None:
         for use in uses.get(call, []):
             if use.axis is not None and isinstance(gradients.collectors.get(use.name), NotFormed):
-                use.rule.add_weighted_sum(use, gradient, ones, sums[use.name])
+                use.rule.add_weighted_sum(use, gradient, weights, sums[use.name])
+        if call in uses:
+            recording.tape.calls[call].conceal()
 
     return sink
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from dither.capture.coverage import Places, Probe, Seed, decide_examples, send_back, send_back_to
-from dither.capture.examples import ExampleAxis, candidates
+from dither.capture.examples import ExampleAxis, Layout, candidates
 from dither.errors import CaptureError, CoupledExamplesError, CoverageError, ExampleAxisError
 from dither.opacus.graph import Place, Reached
 from dither.opacus.recording import ModuleRecording
@@ -38,6 +38,7 @@ def decide(reached: Reached, roots: Sequence[Tensor], losses: Seed | None, verif
     recordings: list[ModuleRecording] = [owner for owner in reached.owners if owner.batch]
     for recording in recordings:
         recording.place_inputs()
+        recording.edges = reached.calls.get(id(recording), {})
     seeds: list[Seed] = []
 
     def seeded() -> list[Seed]:
@@ -59,12 +60,14 @@ def decide(reached: Reached, roots: Sequence[Tensor], losses: Seed | None, verif
         prove_separable(roots, seeded(), reached.loss)
 
 
-def _order_of_loss(reached: Reached, losses: Seed) -> tuple[ExampleAxis | None, ...]:
+def _order_of_loss(reached: Reached, losses: Seed) -> tuple[Layout | None, ...]:
     """Where each example's loss reads the module's outputs, for losses that pick entries by index."""
     edges = {number: edge for number, (edge, _) in enumerate(reached.frontier)}
     shapes = {number: place.shape for number, (_, place) in enumerate(reached.frontier)}
     places = Places(shapes, lambda number: f"an output of the module that the loss reads, number {number}")
-    found = decide_examples(places, losses.layout.batch, partial(send_back_to, edges, [losses]))
+    found = decide_examples(
+        places, losses.layout.batch, partial(send_back_to, edges, [losses], replaying=reached.replaying)
+    )
     return tuple(found[number] for number in sorted(found))
 
 
@@ -76,8 +79,8 @@ class _Probing:
     reached: Reached
     seeds: Callable[[], Sequence[Seed]]
 
-    def __call__(self, examples: list[int] | None) -> dict[int, Tensor]:
-        return _probe(self.recording, self.reached, self.seeds())(examples)
+    def __call__(self, examples: list[int] | None, zero: bool = False) -> dict[int, Tensor]:
+        return _probe(self.recording, self.reached, self.seeds())(examples, zero)
 
 
 def _probe(recording: ModuleRecording, reached: Reached, seeds: Sequence[Seed]) -> Probe:
@@ -89,15 +92,17 @@ def _probe(recording: ModuleRecording, reached: Reached, seeds: Sequence[Seed]) 
             f"A recorded forward of {recording.batch} examples is behind the loss, but nothing that tells them apart.",
             fix="return the predictions from the module, one row per example on the batch axis",
         )
-    if others and any(bool(entries.any()) for entries in send_back_to(places, others, None).values()):
+    if others and any(
+        bool(entries.any()) for entries in send_back_to(places, others, None, replaying=reached.replaying).values()
+    ):
         raise CoupledExamplesError(
             f"A forward of {recording.batch} examples feeds a loss or a forward of {others[0].layout.batch}.",
             fix="keep one row per example on the batch axis from module to module and in the loss",
         )
     if all(any(leaf is owner.anchor for owner in reached.owners) for leaf in reached.leaves):
         # Nobody's leaf receives NaN: what arrives is looked at as it passes, and not kept.
-        return partial(send_back, recording.tape, same)
-    return partial(send_back_to, places, same)
+        return partial(send_back, recording.tape, same, replaying=reached.replaying)
+    return partial(send_back_to, places, same, replaying=reached.replaying)
 
 
 def _frontier_seeds(reached: Reached) -> list[Seed]:
@@ -113,15 +118,19 @@ def _frontier_seeds(reached: Reached) -> list[Seed]:
     return seeds
 
 
-def _layout_at(edge: GradientEdge, place: Place, seeds: Sequence[Seed], reached: Reached) -> ExampleAxis:
+def _layout_at(edge: GradientEdge, place: Place, seeds: Sequence[Seed], reached: Reached) -> Layout:
     """The layout of an operation's output that the loss reads directly."""
     recording: ModuleRecording = place.owner
     assert place.call is not None
-    known = recording.known.get(place.call)
+    known: Layout | None = recording.known.get(place.call)
     same = [seed for seed in seeds if seed.layout.batch == recording.batch]
     if known is None and same:
         axes = decide_examples(
-            Places.of(recording.tape), recording.batch, _probe(recording, reached, same), False, recording.known
+            Places.of(recording.tape, recording.anchor, recording.nodes),
+            recording.batch,
+            _probe(recording, reached, same),
+            False,
+            recording.known,
         )
         known = axes.get(place.call)
     return known or _only_layout(edge, place, same, reached)
@@ -135,14 +144,15 @@ def _only_layout(edge: GradientEdge, place: Place, others: list[Seed], reached: 
         CoupledExamplesError: none is.
     """
     recording: ModuleRecording = place.owner
-    left: list[tuple[ExampleAxis, dict[int, ExampleAxis | None]]] = []
+    left: list[tuple[ExampleAxis, dict[int, Layout | None]]] = []
     error: CaptureError | None = None
     for layout in sorted(candidates(place.shape, recording.batch), key=lambda a: (a.axis, a.outer)):
         if layout.axis == len(place.shape) - 1 > 0 and recording.batch > 1:
             continue  # the features of a layer
         probe = _probe(recording, reached, [*others, place.seed(edge, layout)])
         try:
-            axes = decide_examples(Places.of(recording.tape), recording.batch, probe, True, recording.known)
+            places = Places.of(recording.tape, recording.anchor, recording.nodes)
+            axes = decide_examples(places, recording.batch, probe, True, recording.known)
         except CaptureError as refusal:
             error = error or refusal
             continue

@@ -6,16 +6,18 @@ over unmarked nodes gives the frontier: the marked places that the loss reads fi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from dither.capture.coverage import Seed
-from dither.capture.examples import ExampleAxis
+from dither.capture.coverage import Replaying, Seed
+from dither.capture.examples import Layout
 
 _MARK = "dither"
 _PICKS = ("Index", "Gather", "Scatter", "Take", "Masked", "Sort", "Topk", "Put", "Repeat", "Unique")
@@ -40,7 +42,7 @@ class Place:
     dtype: torch.dtype
     device: torch.device
 
-    def seed(self, edge: GradientEdge, layout: ExampleAxis) -> Seed:
+    def seed(self, edge: GradientEdge, layout: Layout) -> Seed:
         """The place as a seed whose layout is known."""
         return Seed(edge, torch.empty(1, dtype=self.dtype, device=self.device).expand(self.shape), layout)
 
@@ -67,7 +69,6 @@ class Reached:
         kind: hash of the names of the nodes before the frontier.
         loss: nodes before the frontier, what the roots compute from what they read.
         volatile: whether the loss picks entries by an index tensor, so that an equal structure may mean another loss.
-        checkpointed: whether an activation checkpoint of the reentrant kind lies behind the roots.
     """
 
     frontier: list[tuple[GradientEdge, Place]] = field(default_factory=list)
@@ -78,7 +79,20 @@ class Reached:
     kind: int = 0
     loss: list[Any] = field(default_factory=list)
     volatile: bool = False
-    checkpointed: bool = False
+
+    @property
+    def replaying(self) -> Replaying | None:
+        """What must be entered for a backward pass, if checkpoints recompute parts of a recording in it."""
+        each = [owner.replaying for owner in self.owners if owner.replaying is not None]
+        return partial(_together, each) if each else None
+
+
+@contextmanager
+def _together(each: Sequence[Replaying]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for replaying in each:
+            stack.enter_context(replaying())
+        yield
 
 
 def mark(tensor: Tensor, owner: Any, call: int | None = None) -> None:
@@ -107,7 +121,6 @@ def reach(roots: Sequence[Tensor]) -> Reached:
         for node, options in order.items()
     )
     found.structure = hash(wiring)
-    found.checkpointed = any(name == "CheckpointFunctionBackward" for name, *_ in wiring)
     return found
 
 

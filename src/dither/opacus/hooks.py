@@ -240,10 +240,9 @@ def receiver(recording: ModuleRecording, gradients: Gradients, scale: float, for
         if forget and isinstance(collector, NotFormed):
             collector.forget()
 
-    def sink(call: int, output: int, gradient: Tensor) -> None:
+    def sink(call: int, gradient: Tensor) -> None:
         if call < 0 or not recording.batch:  # an input's
             return
-        assert output == 0, "rules are of operations with one output"
         gradient = gradient if scale == 1.0 else gradient * scale
         if uses[call][0].axis is None:
             if bool(gradient.any()):
@@ -252,7 +251,10 @@ def receiver(recording: ModuleRecording, gradients: Gradients, scale: float, for
         recording.tape.calls[call].check_unchanged()
         for use in uses[call]:
             receive(use, gradient)
-        if not recording.keeps_inputs and all(gradients.is_formed(use) for use in uses[call]):
+        formed = all(gradients.is_formed(use) for use in uses[call])
+        if formed or forget:
+            recording.tape.calls[call].conceal()
+        if formed and not recording.keeps_inputs:
             recording.tape.calls[call].release()
 
     recording.receive = receive

@@ -20,10 +20,11 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from dither.capture.examples import ExampleAxis, candidates
 from dither.capture.recorder import Recorder, alias
 from dither.capture.uses import OpCall, ParamUse, map_tensors
-from dither.clipping.backward import Recorded
+from dither.clipping.backward import Recorded, constants_of
+from dither.clipping.memory import memory_of
 from dither.errors import CoupledExamplesError
 from dither.opacus.graph import mark
-from dither.rules import claim
+from dither.rules import table
 
 _KEEPS_AXES = {F.linear, F.embedding}
 """Operations whose output has the data operand's axes, but for the last one."""
@@ -79,7 +80,13 @@ class ModuleRecording(Recorded):
         self.hooks: Callable[[], Any] = lambda: None
         self.late: list[tuple[int, Tensor]] = []
         self.end_pass()
-        self.recorder = Recorder(parameters, model.buffers(), claim, lambda output, call: mark(output, self, call))
+        self.recorder = Recorder(
+            parameters,
+            [p for p in constants_of(model) if id(p) not in {id(q) for q in parameters.values()}],
+            table,
+            lambda output, call: mark(output, self, call),
+            constants=memory_of(model).constants(),
+        )
         self.anchor = self.recorder.anchor
 
     def start(self, inputs: Any) -> Any:
@@ -92,7 +99,12 @@ class ModuleRecording(Recorded):
         """Forget what holds on to the graph, which holds on to this recording: no collector sees that circle."""
         self.decide_again: Callable[[], Any] = lambda: None
         self.receive: Callable[[ParamUse, Tensor], None] = lambda use, gradient: None
+        self.edges: Mapping[int, GradientEdge] = {}
         self.late.clear()
+
+    def nodes(self) -> Mapping[int, Any]:
+        """As the pass under way reaches them."""
+        return {call: edge.node for call, edge in self.edges.items()}
 
     def _follow(self, inputs: Any) -> Any:
         """The inputs, floating-point tensors with a place in the graph, so that a proof sees what mixes them."""
@@ -102,7 +114,7 @@ class ModuleRecording(Recorded):
             position = positions.get(id(tensor))
             if tensor.requires_grad or not tensor.is_floating_point() or type(tensor) is not Tensor or position is None:
                 return tensor
-            tracked = alias(tensor, self.anchor, partial(self.recorder.tape.deliver, -1 - position, 0))
+            tracked = alias(tensor, self.anchor, partial(self.recorder.tape.deliver, -1 - position, None))
             self.followed[-1 - position] = get_gradient_edge(tracked)
             return tracked
 
@@ -191,7 +203,7 @@ class ModuleRecording(Recorded):
         for call in self.tape.calls:
             axes: set[int] = set()
             if call.function in _CONVOLUTIONS and call.operands:
-                axes = {0} if len(call.output_shapes[0]) == call.operands["weight"].dim() else set()
+                axes = {0} if len(call.output_shape) == call.operands["weight"].dim() else set()
             elif call.function in _KEEPS_AXES:
                 axes = {axis for t in given if self._is_batched(t) for axis in self._axes_in_view(call, t)}
             axes = {axis for axis in axes if self._fits(call, axis)}
@@ -209,5 +221,5 @@ class ModuleRecording(Recorded):
         return [a for a in range(operand.dim()) if operand.shape[a] == self.batch and operand.stride(a) == stride]
 
     def _fits(self, call: OpCall, axis: int) -> bool:
-        shape = call.output_shapes[0]
+        shape = call.output_shape
         return axis < len(shape) - 1 and shape[axis] == self.batch

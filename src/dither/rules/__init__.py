@@ -1,9 +1,36 @@
-"""Rules: one file per operation family. `claim` finds the rule of a parameter's use."""
+"""Rules: one file per operation family. `table` finds the rule of a parameter's use."""
 
-from dither.rules import affine, conv, embedding, linear
-from dither.rules.fallback import Fallback
-from dither.rules.rule import Cost, Rule, make_claim, register_rule
+from dither.rules import (
+    activation,
+    affine,
+    conv,
+    elementwise,
+    embedding,
+    embedding_bag,
+    indexing,
+    joining,
+    matmul,
+    recurrent,
+)
+from dither.rules.fallback import CustomNode, Fallback
+from dither.rules.rule import Cost, Rule, Table, register_decomposition, register_rule
 
-claim = make_claim(Fallback())
+table = Table(Fallback(), CustomNode())
 
-__all__ = ["Cost", "Rule", "affine", "claim", "conv", "embedding", "linear", "register_rule"]
+__all__ = [
+    "Cost",
+    "Rule",
+    "activation",
+    "affine",
+    "conv",
+    "elementwise",
+    "embedding",
+    "embedding_bag",
+    "indexing",
+    "joining",
+    "matmul",
+    "recurrent",
+    "register_decomposition",
+    "register_rule",
+    "table",
+]

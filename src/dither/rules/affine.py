@@ -49,44 +49,39 @@ def _along_examples(use: ParamUse, entries: Tensor, shape: torch.Size) -> Tensor
 
 
 class Elementwise(Rule):
-    """An elementwise operation: runs the one operation again on the parameter, broadcast, to differentiate it."""
+    """An elementwise operation: each output entry depends on one entry of the parameter."""
 
     def __init__(self, slot: str) -> None:
         self.slot = slot
 
+    def claims(self, operands: Mapping[str, Any], slot: str) -> bool:
+        """Any options, but no tensor to write into."""
+        return operands.get("out") is None
+
     def entries(self, use: ParamUse, grad_output: Tensor) -> Tensor:
         """Gradient of every output entry with respect to the parameter's entry there."""
-        leaf = use.operand(self.slot).expand(grad_output.shape).detach().requires_grad_()
-        operands = {**use.call.operands, self.slot: leaf}
-        with torch.enable_grad():
-            output = _out_of_place(use)(*operands.values())
-        gradient: Tensor
-        (gradient,) = torch.autograd.grad(output, leaf, grad_output)
-        return gradient
+        raise NotImplementedError
 
     def per_example_gradient(self, use: ParamUse, grad_output: Tensor, out: Tensor | None = None) -> Tensor:
         """Entrywise gradients summed over the broadcast."""
-        return reduce_broadcast(use, self.entries(use, grad_output), use.parameter.shape)
-
-    def claims(self, operands: Mapping[str, Any], slot: str) -> bool:
-        """Positional operands only; options such as `alpha` or `rounding_mode` go to the fallback."""
-        return set(operands) <= {"input", "other"}
+        entries = self.entries(use, grad_output)
+        if entries.is_complex() and not use.parameter.is_complex():
+            entries = entries.real  # a real parameter has no imaginary part to change
+        return reduce_broadcast(use, entries, use.parameter.shape)
 
 
 class BroadcastAdd(Elementwise):
-    """A parameter that is added: every entry's gradient is the output's."""
+    """A parameter that is added: every entry's gradient is the output's, times the option that scales it."""
 
-    def __init__(self, slot: str = "bias", sign: float = 1.0) -> None:
+    def __init__(self, slot: str = "bias", sign: float = 1.0, scale: str | None = None) -> None:
         super().__init__(slot)
-        self.sign = sign
-
-    def claims(self, operands: Mapping[str, Any], slot: str) -> bool:
-        """Plain addition and biases; a scaled addition goes to the fallback."""
-        return "alpha" not in operands and "beta" not in operands
+        self.sign, self.scale = sign, scale
 
     def entries(self, use: ParamUse, grad_output: Tensor) -> Tensor:
         """The output gradient itself."""
-        return grad_output if self.sign == 1.0 else -grad_output
+        option = None if self.scale is None else use.operand(self.scale)
+        factor = self.sign if option is None else self.sign * option
+        return grad_output if factor == 1.0 else grad_output * factor
 
 
 class Multiply(Elementwise):
@@ -114,13 +109,15 @@ def channel_sum(use: ParamUse, entries: Tensor) -> Tensor:
     layout = use.examples
     channel = entries.dim() - 1 - (_spatial(use, entries))
     others = [a for a in range(entries.dim()) if a not in (channel, layout.axis)]
-    if layout.axis == channel:  # one unbatched example
-        return entries.sum(others).unsqueeze(0) if others else entries.unsqueeze(0)
-    entries = entries.sum(others) if others else entries
-    if layout.axis > channel:
-        entries = entries.T
-    runs: Tensor = entries.unflatten(0, (layout.outer, layout.batch, layout.inner))
-    return runs.sum((0, 2))
+    if layout.axis == channel:
+        sums = entries.sum(others) if others else entries
+        if layout.batch == 1:  # one unbatched example
+            return sums.unsqueeze(0)
+        owned = layout.owners(sums.device) == torch.arange(layout.batch, device=sums.device).unsqueeze(1)
+        return torch.where(owned, sums, 0)
+    entries = entries.sum(others, keepdim=True) if others else entries
+    rows = layout.split(entries).sum((layout.axis + 1, layout.axis + 2))
+    return rows.reshape(layout.batch, -1)
 
 
 def _spatial(use: ParamUse, entries: Tensor) -> int:
@@ -131,71 +128,97 @@ def _spatial(use: ParamUse, entries: Tensor) -> int:
 class NormWeight(Rule):
     """Weight of a normalisation layer: output gradient times the normalised input."""
 
-    def __init__(self, normalise: Callable[[ParamUse], Tensor], channels: bool = False) -> None:
+    def __init__(self, normalise: Callable[[ParamUse, Tensor], Tensor], channels: bool = False) -> None:
         self.normalise = normalise
         self.channels = channels
 
     def per_example_gradient(self, use: ParamUse, grad_output: Tensor, out: Tensor | None = None) -> Tensor:
         """Sum of g * normalised input over everything that shares the weight."""
-        entries = grad_output * self.normalise(use).to(grad_output.dtype)
+        x = use.operand("input")
+        # Under autocast the layer ran in its output's precision, wider than its input's.
+        normalised = self.normalise(use, x.to(torch.promote_types(x.dtype, grad_output.dtype)))
+        entries = grad_output * normalised.to(grad_output.dtype)
         return channel_sum(use, entries) if self.channels else reduce_broadcast(use, entries, use.parameter.shape)
 
 
-def _layer(use: ParamUse) -> Tensor:
-    eps = use.operand("eps")
-    return F.layer_norm(use.operand("input"), use.operand("normalized_shape"), eps=1e-5 if eps is None else eps)
+def _eps(use: ParamUse) -> float:
+    eps: float | None = use.operand("eps")
+    return 1e-5 if eps is None else eps
 
 
-def _rms(use: ParamUse) -> Tensor:
-    return F.rms_norm(use.operand("input"), use.operand("normalized_shape"), eps=use.operand("eps"))
+def _layer(use: ParamUse, x: Tensor) -> Tensor:
+    return F.layer_norm(x, use.operand("normalized_shape"), eps=_eps(use))
 
 
-def _group(use: ParamUse) -> Tensor:
-    eps = use.operand("eps")
-    return F.group_norm(use.operand("input"), use.operand("num_groups"), eps=1e-5 if eps is None else eps)
+def _rms(use: ParamUse, x: Tensor) -> Tensor:
+    # Without eps, the input's own precision sets it.
+    x = x if use.operand("eps") is not None else use.operand("input")
+    return F.rms_norm(x, use.operand("normalized_shape"), eps=use.operand("eps"))
 
 
-def _out_of_place(use: ParamUse) -> Callable[..., Tensor]:
-    return _PLAIN[use.call.function]
+def _group(use: ParamUse, x: Tensor) -> Tensor:
+    return F.group_norm(x, use.operand("num_groups"), eps=_eps(use))
 
 
-_PLAIN: dict[Any, Callable[..., Tensor]] = {}
+def _instance(use: ParamUse, x: Tensor) -> Tensor:
+    own_statistics = use.operand("use_input_stats") is not False
+    mean, variance = (None, None) if own_statistics else (use.operand("running_mean"), use.operand("running_var"))
+    return F.instance_norm(x, mean, variance, use_input_stats=own_statistics, eps=_eps(use))
 
 
-def _family(name: str) -> tuple[Any, ...]:
-    """The function, the method, the operator and the in-place forms of an elementwise operation."""
-    short = {"div": "truediv"}.get(name, name)
-    owners = [
-        getattr(torch, name),
-        getattr(torch.Tensor, name),
-        getattr(torch.Tensor, f"{name}_"),
-        getattr(torch.Tensor, f"__{short}__"),
-        getattr(torch.Tensor, f"__i{short}__"),
-    ]
-    for owner in owners:
-        _PLAIN[owner] = getattr(torch, name)
-    return tuple(owners)
+def _batch(use: ParamUse, x: Tensor) -> Tensor:
+    """With running statistics: the recorder refuses those of the batch."""
+    return F.batch_norm(x, use.operand("running_mean"), use.operand("running_var"), eps=_eps(use))
 
 
-def _register() -> None:
+def operation_forms(name: str) -> tuple[Callable[..., Any], ...]:
+    """The function of torch, the method, the operator and the in-place forms of an operation, those that exist."""
+    short = {"div": "truediv", "remainder": "mod"}.get(name, name)
+    methods = (name, f"{name}_", f"__{short}__", f"__i{short}__")
+    found = [getattr(torch, name, None), *(getattr(torch.Tensor, method, None) for method in methods)]
+    return tuple(function for function in found if function is not None)
+
+
+def _register_sums_and_products() -> None:
     pair = ("input", "other")
-    register_rule(_family("add"), pair, {s: BroadcastAdd(s) for s in pair})
-    register_rule(torch.Tensor.__radd__, pair, {s: BroadcastAdd(s) for s in pair})
-    register_rule(_family("sub"), pair, {"input": BroadcastAdd("input"), "other": BroadcastAdd("other", -1.0)})
-    register_rule(torch.Tensor.__rsub__, pair, {"input": BroadcastAdd("input", -1.0), "other": BroadcastAdd("other")})
-    register_rule((*_family("mul"), torch.Tensor.__rmul__), pair, {s: Multiply(s) for s in pair})
-    register_rule(_family("div"), pair, {s: Elementwise(s) for s in pair})
+    plus = {"input": BroadcastAdd("input"), "other": BroadcastAdd("other", scale="alpha")}
+    minus = {"input": BroadcastAdd("input"), "other": BroadcastAdd("other", -1.0, scale="alpha")}
+    from_other = {"input": BroadcastAdd("input", -1.0, scale="alpha"), "other": BroadcastAdd("other")}
+    register_rule(operation_forms("add"), (*pair, "alpha"), plus)
+    register_rule(torch.Tensor.__radd__, pair, plus)
+    for name in ("sub", "subtract"):
+        register_rule(operation_forms(name), (*pair, "alpha"), minus)
+    register_rule((torch.rsub, torch.Tensor.__rsub__), (*pair, "alpha"), from_other)
+    for name in ("mul", "multiply", "__rmul__"):
+        register_rule(operation_forms(name), pair, {s: Multiply(s) for s in pair})
+
+
+def _register_norms() -> None:
+    channels = ChannelBias()
     register_rule(
-        F.layer_norm,
-        ("input", "normalized_shape", "weight", "bias", "eps"),
+        (F.layer_norm, torch.layer_norm),
+        ("input", "normalized_shape", "weight", "bias", "eps", "cudnn_enable"),
         {"weight": NormWeight(_layer), "bias": BroadcastAdd()},
     )
-    register_rule(F.rms_norm, ("input", "normalized_shape", "weight", "eps"), {"weight": NormWeight(_rms)})
     register_rule(
-        F.group_norm,
-        ("input", "num_groups", "weight", "bias", "eps"),
-        {"weight": NormWeight(_group, channels=True), "bias": ChannelBias()},
+        (F.rms_norm, torch.rms_norm), ("input", "normalized_shape", "weight", "eps"), {"weight": NormWeight(_rms)}
+    )
+    register_rule(
+        (F.group_norm, torch.group_norm),
+        ("input", "num_groups", "weight", "bias", "eps", "cudnn_enabled"),
+        {"weight": NormWeight(_group, channels=True), "bias": channels},
+    )
+    register_rule(
+        F.instance_norm,
+        ("input", "running_mean", "running_var", "weight", "bias", "use_input_stats", "momentum", "eps"),
+        {"weight": NormWeight(_instance, channels=True), "bias": channels},
+    )
+    register_rule(
+        F.batch_norm,
+        ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"),
+        {"weight": NormWeight(_batch, channels=True), "bias": channels},
     )
 
 
-_register()
+_register_sums_and_products()
+_register_norms()

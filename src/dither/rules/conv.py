@@ -1,11 +1,13 @@
-"""Convolutions in 1, 2 and 3 dimensions: a linear map of patches.
+"""Convolutions in 1, 2 and 3 dimensions, and their transposes: a linear map of patches.
 
 Input (N, C, *space) is unfolded to patches (N, groups, L, C/groups * K), L positions of K taps; each group is then
-the linear rule with T = L rows (Rochette et al. 2019, arXiv:1912.06015).
+the linear rule with T = L rows (Rochette et al. 2019, arXiv:1912.06015). A transposed convolution is the input
+gradient of a convolution with the same weight, so the two maps change places: the output gradient is unfolded.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -49,14 +51,16 @@ class ConvWeight(Rule):
             value = default
         return [value] * self.dims if isinstance(value, int) else list(value) * (self.dims // len(value))
 
-    def _padded(self, use: ParamUse) -> Tensor:
-        _, pads, _, _ = self._options(use)
-        flat = [amount for pair in reversed(pads) for amount in pair]
-        x: Tensor = use.operand("input")
-        return F.pad(x, flat) if any(flat) else x
+    def _maps(self, use: ParamUse, grad_output: Tensor) -> tuple[Tensor, Tensor]:
+        """The padded map that the taps run over, (N, C, *space), and the map of their positions, (N, O, *positions)."""
+        return self._pad(use, use.operand("input").conj()), grad_output
+
+    def _pad(self, use: ParamUse, wide: Tensor) -> Tensor:
+        flat = [amount for pair in reversed(self._options(use)[1]) for amount in pair]
+        return F.pad(wide, flat) if any(flat) else wide
 
     def _rows(self, use: ParamUse, grad_output: Tensor) -> tuple[Tensor, Tensor]:
-        """Patches (B * groups, T, C/groups * K) and gradients (B * groups, T, O/groups)."""
+        """Patches (B * groups, T, C/groups * K) and positions' values (B * groups, T, O/groups)."""
         if use.examples.axis != 0:
             raise ExampleAxisError(
                 f"The examples lie along axis {use.examples.axis} of the output of {use.call.name} ({use.name}).",
@@ -64,20 +68,18 @@ class ConvWeight(Rule):
             )
         stride, _, dilation, groups = self._options(use)
         taps = use.parameter.shape[2:]
-        x = self._padded(use)
+        wide, narrow = self._maps(use, grad_output)
         for axis, (size, step, spread) in enumerate(zip(taps, stride, dilation, strict=True)):
-            x = x.unfold(2 + axis, spread * (size - 1) + 1, step)[..., ::spread]
+            wide = wide.unfold(2 + axis, spread * (size - 1) + 1, step)[..., ::spread]
         # (N, C, *positions, *taps) to (N, positions, groups, C/groups * K)
-        count, channels = x.shape[:2]
+        count, channels = wide.shape[:2]
         positions = list(range(2, 2 + self.dims))
-        x = x.permute(0, *positions, 1, *range(2 + self.dims, 2 + 2 * self.dims))
-        x = x.reshape(count, -1, groups, (channels // groups) * taps.numel())
-        g = grad_output.flatten(2).mT.unflatten(2, (groups, -1))
-        layout = use.examples
-        common = torch.promote_types(x.dtype, g.dtype)
-        return self._per_example(layout.split(x), groups).to(common), self._per_example(layout.split(g), groups).to(
-            common
-        )
+        wide = wide.permute(0, *positions, 1, *range(2 + self.dims, 2 + 2 * self.dims))
+        patches = wide.reshape(count, -1, groups, (channels // groups) * taps.numel())
+        values = narrow.flatten(2).mT.unflatten(2, (groups, -1))
+        common = torch.promote_types(patches.dtype, values.dtype)
+        split = use.examples.split
+        return self._per_example(split(patches), groups).to(common), self._per_example(split(values), groups).to(common)
 
     @staticmethod
     def _per_example(rows: Tensor, groups: int) -> Tensor:
@@ -105,16 +107,17 @@ class ConvWeight(Rule):
 
     def add_weighted_sum(self, use: ParamUse, grad_output: Tensor, weights: Tensor, into: Tensor) -> None:
         """The ordinary weight gradient of the weighted output gradient."""
+        if grad_output.is_complex():
+            super().add_weighted_sum(use, grad_output, weights, into)
+            return
         stride, _, dilation, groups = self._options(use)
-        x = self._padded(use)
         scale = weights.to(grad_output.dtype)[use.examples.owners(grad_output.device)]
-        g = grad_output * scale.view(-1, *[1] * (self.dims + 1))
-        weight = use.operand("weight")
-        zeros = [0] * self.dims
+        wide, narrow = self._maps(use, grad_output * scale.view(-1, *[1] * (self.dims + 1)))
+        weight, zeros = use.operand("weight"), [0] * self.dims
         (_, gradient, _) = torch.ops.aten.convolution_backward(
-            g,
-            x.to(g.dtype),
-            weight.to(g.dtype),
+            narrow,
+            wide.to(narrow.dtype),
+            weight.to(narrow.dtype),
             None,
             stride,
             zeros,
@@ -128,17 +131,47 @@ class ConvWeight(Rule):
 
     def cost(self, use: ParamUse) -> Cost:
         """The linear rule's, with T = positions and d = taps."""
-        positions = use.call.output_shapes[0][2:].numel() * use.examples.outer * use.examples.inner
+        count, _, *space = self._positions(use)
+        positions = math.prod(space) * (count // use.batch)
         p, d = use.parameter.shape[0], use.parameter[0].numel()
         batch, groups = use.batch, use.operand("groups") or 1
         ghost = 2.0 * batch * positions * positions * (p + d * groups) if positions > 1 else 0.0
         held = float(batch * use.parameter.numel() * use.parameter.element_size())
         return Cost(2.0 * batch * positions * p * d, ghost, held)
 
+    def _positions(self, use: ParamUse) -> torch.Size:
+        """Shape of the map of the taps' positions."""
+        return use.call.output_shape
 
-for _dims, _function in ((1, F.conv1d), (2, F.conv2d), (3, F.conv3d)):
+
+class TransposedConvWeight(ConvWeight):
+    """Weight (C, O/groups, *taps) of a transposed convolution over `dims` spatial dimensions."""
+
+    def _maps(self, use: ParamUse, grad_output: Tensor) -> tuple[Tensor, Tensor]:
+        """The taps run over the output gradient; their positions are the input's."""
+        stride, _, dilation, _ = self._options(use)
+        x: Tensor = use.operand("input").conj()
+        wide = self._pad(use, grad_output)
+        for axis, (size, step, spread) in enumerate(zip(use.parameter.shape[2:], stride, dilation, strict=True), 2):
+            # What output padding added beyond the last position's taps has no part in the weight.
+            wide = wide.narrow(axis, 0, (x.shape[axis] - 1) * step + spread * (size - 1) + 1)
+        return wide, x
+
+    def _positions(self, use: ParamUse) -> torch.Size:
+        shape: torch.Size = use.operand("input").shape
+        return shape
+
+
+_NAMES = ("input", "weight", "bias", "stride", "padding")
+for _dims, _plain, _transposed in (
+    (1, F.conv1d, F.conv_transpose1d),
+    (2, F.conv2d, F.conv_transpose2d),
+    (3, F.conv3d, F.conv_transpose3d),
+):
+    _bias = ChannelBias(_dims)
+    register_rule(_plain, (*_NAMES, "dilation", "groups"), {"weight": ConvWeight(_dims), "bias": _bias})
     register_rule(
-        _function,
-        ("input", "weight", "bias", "stride", "padding", "dilation", "groups"),
-        {"weight": ConvWeight(_dims), "bias": ChannelBias(_dims)},
+        _transposed,
+        (*_NAMES, "output_padding", "groups", "dilation"),
+        {"weight": TransposedConvWeight(_dims), "bias": _bias},
     )

@@ -1,11 +1,13 @@
-"""Embedding tables: each example's gradient adds the output gradient's rows at the example's ids.
+"""Embedding tables and bags: each example's gradient adds rows of output gradient at the example's ids.
 
-The norm groups each example's rows by id, so the (B, V, d) gradient is never formed.
+The norm groups each example's rows by id, so the (B, V, d) gradient is never formed. Legend: n rows that are looked
+up, of all examples; a table of V rows of d entries.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,73 +15,125 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dither.capture.uses import ParamUse
-from dither.errors import UnsupportedOpError
+from dither.errors import ExampleAxisError, UnsupportedOpError
 from dither.rules.rule import Cost, Rule, register_rule, squared_rows
 
 
-class EmbeddingWeight(Rule):
-    """Weight (V, d) of `F.embedding`, ids of any rank."""
+@dataclass(frozen=True)
+class Scattered:
+    """Rows of gradient and where they belong.
+
+    Attributes:
+        owners: (n,) the example of each row, int64.
+        ids: (n,) the table's row that it is added to, int64.
+        rows: (n, d).
+        vocabulary: V, the table's number of rows.
+    """
+
+    owners: Tensor
+    ids: Tensor
+    rows: Tensor
+    vocabulary: int
+
+    def masked(self, padding: int | None) -> Scattered:
+        """The same with rows of the padding id, counted from the end if negative, set to zero."""
+        if padding is None:
+            return self
+        padded = (self.ids == padding % self.vocabulary).unsqueeze(1)
+        return Scattered(self.owners, self.ids, self.rows.masked_fill(padded, 0), self.vocabulary)
+
+
+class Lookup(Rule):
+    """A parameter whose rows are looked up; a subclass says which, by `scattered`."""
 
     holds_cheaply = False
 
-    def claims(self, operands: Mapping[str, Any], slot: str) -> bool:
-        """Refuse options that couple examples or change the weight."""
-        for option, why in (
-            ("scale_grad_by_freq", "divides gradients by counts over the whole batch"),
-            ("max_norm", "changes the weight in place during the forward"),
-        ):
-            if operands.get(option):
-                raise UnsupportedOpError(f"An embedding with {option} {why}.", fix=f"build it without {option}")
-        return True
-
-    def _rows(self, use: ParamUse, grad_output: Tensor) -> tuple[Tensor, Tensor]:
-        """Ids (B, T) and gradient rows (B, T, d); rows of the padding id are zero."""
-        ids = use.operand("input")
-        g_BTd = use.examples.rows(grad_output)
-        ids_BT = use.examples.rows(ids.unsqueeze(-1)).squeeze(-1)
-        padding = use.operand("padding_idx")
-        if padding is not None:
-            padding = padding % use.parameter.shape[0]
-            g_BTd = g_BTd.masked_fill((ids_BT == padding).unsqueeze(-1), 0)
-        return ids_BT, g_BTd
+    def scattered(self, use: ParamUse, grad_output: Tensor) -> Scattered:
+        """The rows of gradient and where they belong."""
+        raise NotImplementedError
 
     def per_example_gradient(self, use: ParamUse, grad_output: Tensor, out: Tensor | None = None) -> Tensor:
-        """Shape (B, V, d)."""
-        ids, g = self._rows(use, grad_output)
-        batch, vocabulary = ids.shape[0], use.parameter.shape[0]
-        table = g.new_zeros(batch * vocabulary, g.shape[-1])
-        places = ids + torch.arange(batch, device=ids.device).unsqueeze(1) * vocabulary
-        table.index_add_(0, places.flatten(), g.flatten(0, 1))
-        return table.view(batch, vocabulary, -1)
+        """Shape (B, V, d), as the parameter's own."""
+        found = self.scattered(use, grad_output)
+        table = found.rows.new_zeros(use.batch * found.vocabulary, found.rows.shape[1])
+        table.index_add_(0, found.ids + found.owners * found.vocabulary, found.rows)
+        return table.view(use.batch, *use.parameter.shape)
 
     def squared_norm(self, use: ParamUse, grad_output: Tensor) -> Tensor:
         """Add rows of equal ids within an example, then square."""
-        ids, g = self._rows(use, grad_output)
-        g = g.to(torch.promote_types(g.dtype, torch.float32))
-        if ids.shape[1] == 1:
-            return squared_rows(g)
-        batch, vocabulary = ids.shape[0], use.parameter.shape[0]
-        keys = ids + torch.arange(batch, device=ids.device).unsqueeze(1) * vocabulary
-        unique, place = torch.unique(keys, return_inverse=True)
-        merged = g.new_zeros(unique.numel(), g.shape[-1]).index_add_(0, place.flatten(), g.flatten(0, 1))
-        owners = torch.div(unique, vocabulary, rounding_mode="floor")
-        return g.new_zeros(batch).index_add_(0, owners, squared_rows(merged))
+        found = self.scattered(use, grad_output)
+        rows = found.rows.to(torch.promote_types(found.rows.dtype, torch.float32))
+        owners = found.owners
+        if len(owners) > use.batch or bool((torch.bincount(owners, minlength=use.batch) > 1).any()):
+            unique, place = torch.unique(found.ids + owners * found.vocabulary, return_inverse=True)
+            rows = rows.new_zeros(unique.numel(), rows.shape[1]).index_add_(0, place, rows)
+            owners = torch.div(unique, found.vocabulary, rounding_mode="floor")
+        squares = squared_rows(rows)
+        return squares.new_zeros(use.batch).index_add_(0, owners, squares)
 
     def add_weighted_sum(self, use: ParamUse, grad_output: Tensor, weights: Tensor, into: Tensor) -> None:
         """One scatter-add of weighted rows."""
-        ids, g = self._rows(use, grad_output)
-        rows = (g * weights.to(g.dtype).view(-1, 1, 1)).flatten(0, 1).to(into.dtype)
-        into.index_add_(0, ids.flatten(), rows)
+        found = self.scattered(use, grad_output)
+        rows = found.rows * weights.to(found.rows.dtype)[found.owners].unsqueeze(1)
+        if into.is_contiguous():
+            into.view(found.vocabulary, -1).index_add_(0, found.ids, rows.to(into.dtype))
+        else:
+            total = into.new_zeros(found.vocabulary, rows.shape[1]).index_add_(0, found.ids, rows.to(into.dtype))
+            into.add_(total.view(into.shape))
 
     def cost(self, use: ParamUse) -> Cost:
         """Work follows the rows; holding would cost the whole table per example."""
-        rows = float(use.operand("input").numel() * use.parameter.shape[1])
         held = float(use.batch * use.parameter.numel() * use.parameter.element_size())
-        return Cost(held, rows, held)
+        return Cost(held, float(use.call.output_shape.numel()), held)
+
+
+class EmbeddingWeight(Lookup):
+    """Weight (V, d) of `F.embedding`, ids of any rank."""
+
+    def claims(self, operands: Mapping[str, Any], slot: str) -> bool:
+        """Refuse options that couple examples or change the weight."""
+        refuse_coupling(operands)
+        return True
+
+    def scattered(self, use: ParamUse, grad_output: Tensor) -> Scattered:
+        """One row for each id."""
+        ids = use.operand("input")
+        owners = owners_of_rows(use, ids, grad_output)
+        rows = grad_output.reshape(ids.numel(), grad_output.shape[-1])
+        return Scattered(owners, ids.flatten(), rows, use.parameter.shape[0]).masked(use.operand("padding_idx"))
+
+
+def refuse_coupling(operands: Mapping[str, Any]) -> None:
+    """Raise UnsupportedOpError for options of a table that no per-example gradient can follow."""
+    for option, why in (
+        ("scale_grad_by_freq", "divides gradients by counts over the whole batch"),
+        ("max_norm", "changes the weight in place during the forward"),
+    ):
+        if operands.get(option):
+            raise UnsupportedOpError(f"An embedding with {option} {why}.", fix=f"build it without {option}")
+
+
+def owners_of_rows(use: ParamUse, ids: Tensor, grad_output: Tensor) -> Tensor:
+    """The example of each id, flattened; the output's leading axes are those of the ids."""
+    layout = use.examples
+    if layout.batch == 1:
+        return torch.zeros(ids.numel(), dtype=torch.int64, device=ids.device)
+    if layout.axis >= ids.dim():
+        raise ExampleAxisError(
+            f"The examples lie on the feature axis of an operation's output, shape {tuple(grad_output.shape)}.",
+            fix="move the examples to another axis before the operation",
+        )
+    owners = layout.owners(ids.device).view(-1, *[1] * (ids.dim() - layout.axis - 1))
+    return owners.expand(ids.shape).flatten()
 
 
 register_rule(
     F.embedding,
     ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse"),
+    {"weight": EmbeddingWeight()},
+)
+register_rule(
+    torch.embedding,
+    ("weight", "input", "padding_idx", "scale_grad_by_freq", "sparse"),
     {"weight": EmbeddingWeight()},
 )

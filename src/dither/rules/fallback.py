@@ -1,12 +1,13 @@
-"""The rule for operations without one: the vector-Jacobian product of that one operation.
+"""The rules for operations without one: vector-Jacobian products of that one operation, one per example.
 
-The operation is run again, its inputs detached, from the random state it first ran in; then one product per
-example is taken at once (vmap), with the output gradient of the other examples masked to zero. The product is
-linear in the output gradient, so each is exactly that example's gradient, wherever the inputs carry the examples.
+The product is linear in the output gradient (or, for a custom autograd function, taken exactly as one example's
+backward pass would), so with the output gradient of the other examples masked to zero each is exactly that example's
+gradient, wherever the inputs carry the examples.
 """
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -18,40 +19,117 @@ from dither.rules.rule import Cost, Rule
 
 
 class Fallback(Rule):
-    """Vmapped vector-Jacobian product of the one operation; costs one backward of it per example."""
+    """Runs the operation again, its inputs detached, from the random state it first ran in.
+
+    The products are taken at once (vmap) where the operation's derivative allows it, otherwise one after the other;
+    both cost one backward of the operation per example.
+    """
 
     replays = True
 
     def per_example_gradient(self, use: ParamUse, grad_output: Tensor, out: Tensor | None = None) -> Tensor:
         """Shape (B, *parameter.shape)."""
-        call = use.call
-        if len(call.output_shapes) != 1:
-            raise UnsupportedOpError(
-                f"{call.name} uses parameter {use.name} and returns {len(call.output_shapes)} tensors.",
-                fix="use operations with one output, or register a rule (CONTRIBUTING.md)",
-            )
+        output, leaf = self._replay(use)
+        masked = masked_gradients(use, grad_output)
+        spoiled = _spoiled(use, output) | _spoiled(use, grad_output)
+        if not bool(spoiled.any()):
+            return _products(use, output, leaf, masked)
+        # Zero times another example's NaN is NaN: those examples' inputs are put to zero, and their gradients to NaN.
+        output, leaf = self._replay(use, spoiled)
+        mine = spoiled.view(-1, *[1] * leaf.dim())
+        return _products(use, output, leaf, masked).masked_fill(mine, float("nan"))
+
+    def _replay(self, use: ParamUse, without: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Run the operation again on a new leaf in the parameter's place, some examples' inputs put to zero."""
+        call, layout = use.call, use.examples
         operand = list(tensors_in((call.args, call.kwargs)))[int(use.slot)]
         leaf = operand.detach().clone().requires_grad_()
-        replay: Any = map_tensors(lambda t: leaf if t is operand else t, (call.args, call.kwargs))
-        with torch.random.fork_rng(devices=[]), torch.enable_grad():
+
+        def given(tensor: Tensor) -> Tensor:
+            if tensor is operand:
+                return leaf
+            if without is None or tensor.dim() <= layout.axis or tensor.shape[layout.axis] != layout.size:
+                return tensor
+            rows = without[layout.owners(tensor.device)].view(-1, *[1] * (tensor.dim() - layout.axis - 1))
+            return torch.where(rows, torch.zeros_like(tensor), tensor)
+
+        replay: Any = map_tensors(given, (call.args, call.kwargs))
+        region = torch.autocast(*call.autocast) if call.autocast is not None else nullcontext()
+        with torch.random.fork_rng(devices=[]), torch.enable_grad(), region:
             if call.rng_state is not None:
                 torch.set_rng_state(call.rng_state)
-            (output,) = [t for t in tensors_in(call.function(*replay[0], **replay[1])) if t.is_floating_point()]
-        layout = use.examples
-        owners = layout.owners(grad_output.device).view(-1, *[1] * (grad_output.dim() - layout.axis - 1))
-        if grad_output.dim() == 0:
-            owners = owners.view(())
-        examples = torch.arange(layout.batch, device=grad_output.device).view(-1, *[1] * grad_output.dim())
-        masked = torch.where(owners == examples, grad_output, 0)
-        try:
-            (gradients,) = torch.autograd.grad(output, leaf, masked, is_grads_batched=True)
-        except RuntimeError as error:
-            raise UnsupportedOpError(
-                f"{call.name} uses parameter {use.name}, has no rule and no per-example derivative: {error}",
-                fix="write the step with other torch operations, or register a rule (CONTRIBUTING.md)",
-            ) from error
-        return gradients
+            outputs = tensors_in(call.function(*replay[0], **replay[1]))
+            return [t for t in outputs if t.is_floating_point() or t.is_complex()][call.output], leaf
 
     def cost(self, use: ParamUse) -> Cost:
         """Always formed."""
         return Cost(0.0, 0.0, float(use.batch * use.parameter.numel() * use.parameter.element_size()))
+
+
+def _spoiled(use: ParamUse, entries: Tensor) -> Tensor:
+    """Which examples have an entry that is not finite, (B,) bool."""
+    finite = torch.isfinite(entries.detach())
+    if entries.dim() == 0 or bool(finite.all()):
+        return torch.zeros(use.batch, dtype=torch.bool, device=entries.device)
+    wrong: Tensor = use.examples.split((~finite).float()).flatten(1).any(1)
+    return wrong
+
+
+def _products(use: ParamUse, output: Tensor, leaf: Tensor, gradients: Tensor) -> Tensor:
+    """The vector-Jacobian product of each output gradient, at once or one after the other."""
+    try:
+        return torch.autograd.grad(output, leaf, gradients, is_grads_batched=True, retain_graph=True)[0]
+    except RuntimeError:  # something in the derivative has no batching rule
+        pass
+    try:
+        return torch.stack([torch.autograd.grad(output, leaf, row, retain_graph=True)[0] for row in gradients])
+    except RuntimeError as error:
+        raise UnsupportedOpError(
+            f"{use.call.name} uses parameter {use.name}, has no rule and no derivative that can be taken for one "
+            f"example alone: {error}",
+            fix="write the step with other torch operations, or register a rule (CONTRIBUTING.md)",
+        ) from error
+
+
+class CustomNode(Fallback):
+    """A custom autograd function: its own backward, called once an example, as one example's backward pass would."""
+
+    replays = False
+
+    def per_example_gradient(self, use: ParamUse, grad_output: Tensor, out: Tensor | None = None) -> Tensor:
+        """Shape (B, *tensor.shape) of the tensor that was given to the function."""
+        (node,) = use.call.args
+        rows = [_asked(node, use, row) for row in masked_gradients(use, grad_output)]
+        return torch.stack(rows)
+
+
+def _asked(node: Any, use: ParamUse, grad_output: Tensor) -> Tensor:
+    """What the node gives to the edge of the use for this gradient of one of its outputs."""
+    gradients = [torch.zeros(m.shape, dtype=m.dtype, device=m.device) for m in node._input_metadata]
+    gradients[use.call.output] = grad_output
+    try:
+        found = node.apply(*gradients) if hasattr(node, "apply") else node(*gradients)
+    except (RuntimeError, NotImplementedError, TypeError) as error:
+        raise UnsupportedOpError(
+            f"{use.call.name} is given parameter {use.name}, and its backward cannot be called for one example alone: "
+            f"{error}",
+            fix="write the function with torch operations, or give its parameter gradient a way through them",
+        ) from error
+    found = list(found) if isinstance(found, (tuple, list)) else [found]
+    if hasattr(node, "needs_input_grad"):  # one entry for each argument of its forward, tensors or not
+        found = [g for g, needed in zip(found, node.needs_input_grad, strict=False) if needed]
+        edges = [i for i, (parent, _) in enumerate(node.next_functions) if parent is not None]
+        found = [found[edges.index(int(use.slot))]]
+    else:
+        found = [found[int(use.slot)]]
+    return torch.zeros_like(use.parameter, requires_grad=False) if found[0] is None else found[0].detach()
+
+
+def masked_gradients(use: ParamUse, grad_output: Tensor) -> Tensor:
+    """The output gradient once for each example, the others' entries zero: (B, *grad_output.shape)."""
+    layout = use.examples
+    owners = layout.owners(grad_output.device).view(-1, *[1] * (grad_output.dim() - layout.axis - 1))
+    if grad_output.dim() == 0:
+        owners = owners.view(())
+    examples = torch.arange(layout.batch, device=grad_output.device).view(-1, *[1] * grad_output.dim())
+    return torch.where(owners == examples, grad_output, 0)

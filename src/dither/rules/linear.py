@@ -10,15 +10,16 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dither.capture.uses import ParamUse
-from dither.rules.affine import BroadcastAdd
-from dither.rules.rule import Cost, Rule, register_rule, squared_rows
+from dither.rules.rule import Cost, Rule, squared_rows
 
 _GRAM_ELEMENTS = 1 << 24
 """Largest Gram matrix block kept at once, in elements."""
+
+_VANISHING = 1e-30
+"""Squared norms below this are taken in float64: float32 cannot hold the products they are made of."""
 
 _TILE_ELEMENTS = 1 << 20
 """Largest tile of per-example gradients kept at once, in elements."""
@@ -35,10 +36,17 @@ def outer_tile_norm(x_BTd: Tensor, g_BTp: Tensor) -> Tensor:
     """Squared norm of each g^T x in tiles of output features: (B,), little memory, no cancellation."""
     batch, _, d = x_BTd.shape
     step = max(1, min(g_BTp.shape[-1], _TILE_ELEMENTS // max(1, batch * d)))
-    total = torch.zeros(batch, dtype=torch.promote_types(x_BTd.dtype, torch.float32), device=x_BTd.device)
+    total = torch.zeros(batch, dtype=torch.promote_types(x_BTd.real.dtype, torch.float32), device=x_BTd.device)
     for start in range(0, g_BTp.shape[-1], step):
         total += squared_rows(torch.bmm(g_BTp[..., start : start + step].mT, x_BTd))
     return total
+
+
+def _norms(rows: Tensor) -> Tensor:
+    """Norm of each example's entries, (B,), in float64."""
+    wide = torch.complex128 if rows.is_complex() else torch.float64
+    norms: Tensor = torch.linalg.vector_norm(rows.flatten(1), dim=1, dtype=wide)
+    return norms
 
 
 def outer_ghost_norm(x_BTd: Tensor, g_BTp: Tensor) -> Tensor:
@@ -48,8 +56,12 @@ def outer_ghost_norm(x_BTd: Tensor, g_BTp: Tensor) -> Tensor:
     and the norm is taken from tiles instead.
     """
     rows = x_BTd.shape[1]
-    if rows == 1:
-        return squared_rows(x_BTd) * squared_rows(g_BTp)
+    if rows == 0:
+        return outer_tile_norm(x_BTd, g_BTp)
+    if rows == 1:  # norms, then squares: a tiny factor times a huge one must not vanish
+        return (_norms(x_BTd) * _norms(g_BTp)).square()
+    if x_BTd.is_complex():
+        return outer_tile_norm(x_BTd, g_BTp)
     step = max(1, _GRAM_ELEMENTS // max(1, x_BTd.shape[0] * rows))
     total: Tensor | float = 0.0
     terms: Tensor | float = 0.0
@@ -59,18 +71,17 @@ def outer_ghost_norm(x_BTd: Tensor, g_BTp: Tensor) -> Tensor:
         total = total + gram.sum((1, 2))
         terms = terms + squared_rows(gram)
     assert isinstance(total, Tensor) and isinstance(terms, Tensor)
+    if total.dtype == torch.float32 and bool((vanishing := total < _VANISHING).any()) and bool(g_BTp[vanishing].any()):
+        return outer_tile_norm(x_BTd.double(), g_BTp.double())
     if bool((total < 0.05 * terms.sqrt()).any()):
         return outer_tile_norm(x_BTd, g_BTp)
     return total
 
 
 class LinearWeight(Rule):
-    """Weight of `F.linear` (p, d), or of `x @ W` (d, p) when `transposed`."""
+    """Weight (p, d) of `F.linear`."""
 
     holds_cheaply = False
-
-    def __init__(self, transposed: bool = False) -> None:
-        self.transposed = transposed
 
     def claims(self, operands: Mapping[str, Any], slot: str) -> bool:
         """Two-dimensional weights on the right."""
@@ -80,17 +91,12 @@ class LinearWeight(Rule):
         x = use.operand("input")
         common = torch.promote_types(x.dtype, grad_output.dtype)
         g_BTp = use.examples.rows(grad_output).to(common)
-        return use.examples.rows(x).to(common), g_BTp
-
-    def _pair(self, use: ParamUse, grad_output: Tensor) -> tuple[Tensor, Tensor]:
-        """The right and left factors of the gradient in the parameter's own orientation."""
-        x, g = self._rows(use, grad_output)
-        return (g, x) if self.transposed else (x, g)
+        return use.examples.rows(x).to(common).conj().resolve_conj(), g_BTp
 
     def per_example_gradient(self, use: ParamUse, grad_output: Tensor, out: Tensor | None = None) -> Tensor:
         """Each example's g^T x."""
-        right, left = self._pair(use, grad_output)
-        return outer_gradient(right, left, out if out is not None and out.dtype == right.dtype else None)
+        x, g = self._rows(use, grad_output)
+        return outer_gradient(x, g, out if out is not None and out.dtype == x.dtype else None)
 
     def squared_norm(self, use: ParamUse, grad_output: Tensor) -> Tensor:
         """Ghost norm."""
@@ -103,13 +109,13 @@ class LinearWeight(Rule):
 
     def add_weighted_sum(self, use: ParamUse, grad_output: Tensor, weights: Tensor, into: Tensor) -> None:
         """One matrix product over all rows, the weights folded into the smaller factor."""
-        right, left = self._pair(use, grad_output)
-        scale = weights.to(right.dtype).view(-1, 1, 1)
-        right, left = (right * scale, left) if right.shape[-1] < left.shape[-1] else (right, left * scale)
-        if into.dtype == right.dtype:
-            into.addmm_(left.reshape(-1, left.shape[-1]).T, right.reshape(-1, right.shape[-1]))
+        x, g = self._rows(use, grad_output)
+        scale = weights.to(x.dtype).view(-1, 1, 1)
+        x, g = (x * scale, g) if x.shape[-1] < g.shape[-1] else (x, g * scale)
+        if into.dtype == x.dtype:
+            into.addmm_(g.reshape(-1, g.shape[-1]).T, x.reshape(-1, x.shape[-1]))
         else:
-            into.add_(left.reshape(-1, left.shape[-1]).T @ right.reshape(-1, right.shape[-1]))
+            into.add_(g.reshape(-1, g.shape[-1]).T @ x.reshape(-1, x.shape[-1]))
 
     def cost(self, use: ParamUse) -> Cost:
         """T p d per example formed; T^2 (p + d) for the ghost norm."""
@@ -124,11 +130,3 @@ class LinearWeight(Rule):
 def _at_least_float32(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     wide = torch.promote_types(x.dtype, torch.float32)
     return x.to(wide), g.to(wide)
-
-
-register_rule(F.linear, ("input", "weight", "bias"), {"weight": LinearWeight(), "bias": BroadcastAdd()})
-register_rule(
-    (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.mm, torch.Tensor.mm),
-    ("input", "weight"),
-    {"weight": LinearWeight(transposed=True)},
-)

@@ -121,12 +121,42 @@ def register_rule(
         _TABLE[function] = signature
 
 
-def make_claim(fallback: Rule) -> Callable[..., tuple[dict[str, Any], list[tuple[str | int, int, Any]]]]:
-    """The function by which the recorder asks who handles an operation; `fallback` handles what nobody claims."""
+_DECOMPOSITIONS: dict[Callable[..., Any], Callable[..., Any]] = {}
+
+
+def register_decomposition(
+    functions: Callable[..., Any] | Iterable[Callable[..., Any]], body: Callable[..., Any]
+) -> None:
+    """Have an operation recorded as the operations it is made of.
+
+    Args:
+        functions: torch functions as the recorder sees them.
+        body: takes the same arguments and gives the same outputs.
+    """
+    for function in [functions] if callable(functions) else functions:
+        _DECOMPOSITIONS[function] = body
+
+
+class Table:
+    """What the recorder asks of the rules.
+
+    Args:
+        fallback: the rule of what nobody claims.
+        custom: the rule of custom autograd functions.
+    """
+
+    def __init__(self, fallback: Rule, custom: Rule) -> None:
+        self._fallback = fallback
+        self.custom = custom
+
+    def decomposition(self, function: Callable[..., Any]) -> Callable[..., Any] | None:
+        """The operations that an operation is made of, if it is recorded as these."""
+        return _DECOMPOSITIONS.get(function)
 
     def claim(
-        function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], used: set[int]
+        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], used: set[int]
     ) -> tuple[dict[str, Any], list[tuple[str | int, int, Any]]]:
+        """The operands by name, and (slot, id of the tensor, rule) for every used tensor."""
         signature = _TABLE.get(function)
         if signature is not None:
             operands = dict(zip(signature.names, args, strict=False)) | kwargs
@@ -138,6 +168,4 @@ def make_claim(fallback: Rule) -> Callable[..., tuple[dict[str, Any], list[tuple
         for position, tensor in enumerate(tensors_in((args, kwargs))):
             if id(tensor) in used:
                 first.setdefault(id(tensor), position)
-        return {}, [(position, i, fallback) for i, position in first.items()]
-
-    return claim
+        return {}, [(position, i, self._fallback) for i, position in first.items()]

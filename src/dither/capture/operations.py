@@ -1,0 +1,196 @@
+"""What torch functions do, as far as the recorder must know: by name, for functions and methods alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import FunctionType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.parameter import UninitializedParameter
+
+from dither.capture.uses import tensors_in
+from dither.errors import CoupledExamplesError, UnsupportedOpError
+
+RANDOM = ("rand", "normal", "bernoulli", "multinomial", "poisson", "dropout", "uniform", "exponential", "geometric")
+"""Parts of names of operations that draw random numbers: what they return is never a constant."""
+
+_REORDERING = {
+    "__getitem__",
+    "_pack_padded_sequence",
+    "_pad_packed_sequence",
+    "embedding",
+    "flip",
+    "gather",
+    "index_add",
+    "index_copy",
+    "index_put",
+    "index_reduce",
+    "index_select",
+    "masked_scatter",
+    "masked_select",
+    "put",
+    "repeat_interleave",
+    "roll",
+    "scatter",
+    "scatter_add",
+    "scatter_reduce",
+    "sort",
+    "take",
+    "take_along_dim",
+    "topk",
+    "unique",
+}
+
+BACKWARD = {torch.Tensor.backward, torch.autograd.backward, torch.autograd.grad}
+"""Functions that run a backward pass."""
+
+LEAVES_TORCH: set[Callable[..., Any]] = {torch.Tensor.numpy, torch.Tensor.__array__}
+"""Functions whose result no torch function sees again."""
+
+READS_METADATA = {torch.Tensor.type_as, torch.Tensor.to, torch.Tensor.view_as, torch.Tensor.expand_as}
+READS_METADATA |= {torch.Tensor.reshape_as}
+"""Functions that use only shape, dtype or device of a second tensor."""
+
+_OVERRIDABLE = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
+
+
+def name_of(function: Any) -> str:
+    """A torch function's name."""
+    return str(getattr(function, "__name__", ""))
+
+
+def reordered(function: Any, args: Any) -> tuple[Tensor, ...]:
+    """The tensors whose rows the function may pick by what a tensor, a list or an array holds; none for most."""
+    name = name_of(function)
+    if (name if name.startswith("__") else name.removesuffix("_")) not in _REORDERING or not args:
+        return ()
+    if name == "embedding":
+        return args[1:2] if len(args) > 1 and isinstance(args[1], Tensor) else ()
+    if name == "__getitem__" and not any(_chooses(part) for part in _parts(args[1])):
+        return ()
+    return tuple(tensors_in(args))
+
+
+def _parts(index: Any) -> tuple[Any, ...]:
+    return index if isinstance(index, tuple) else (index,)
+
+
+def _chooses(part: Any) -> bool:
+    return not (part is None or part is Ellipsis or isinstance(part, (int, slice)))
+
+
+def _place_of(tensor: Tensor) -> Any:
+    """Which part of its memory a tensor is."""
+    if tensor.layout != torch.strided or isinstance(tensor, UninitializedParameter):
+        return None
+    return tensor.storage_offset(), tensor.shape
+
+
+def is_in_place(name: str) -> bool:
+    """Whether a function of this name changes its first argument."""
+    dunder = name.startswith("__")
+    return (
+        (name.endswith("_") and not dunder)
+        or name == "__setitem__"
+        or (dunder and name.startswith("__i") and name not in ("__invert__", "__index__", "__int__"))
+    )
+
+
+def options_of(tree: Any) -> Any:
+    """The arguments that are not tensors, hashable."""
+    if isinstance(tree, Tensor):
+        return None
+    if isinstance(tree, (list, tuple)):
+        if len(tree) > 1 and all(isinstance(item, Tensor) for item in tree):  # rows that are put together in an order
+            return tuple(_place_of(item) for item in tree)
+        return tuple(options_of(item) for item in tree)
+    if isinstance(tree, dict):
+        return tuple((key, options_of(item)) for key, item in tree.items())
+    if isinstance(tree, slice):
+        return ("slice", options_of((tree.start, tree.stop, tree.step)))
+    return tree if isinstance(tree, (int, float, str, bool, torch.dtype)) else type(tree)
+
+
+def opened(function: Any) -> Callable[..., Any] | None:
+    """Torch's own Python code of a function that is made of other torch functions, so that each of these is seen.
+
+    Called under an active mode, such a function hands itself to the mode before its first line, for ever; here it is
+    the same code without that line's effect. None for functions that are not of this kind.
+    """
+    if not isinstance(function, FunctionType):
+        return None
+    asks = [name for name in _OVERRIDABLE if name in function.__code__.co_names and name in function.__globals__]
+    if not asks or "handle_torch_function" not in function.__code__.co_names:
+        return None
+    closed = {**function.__globals__, **dict.fromkeys(asks, _never)}
+    body = FunctionType(function.__code__, closed, function.__name__, function.__defaults__, function.__closure__)
+    body.__kwdefaults__ = function.__kwdefaults__
+    return body
+
+
+def _never(*_: Any) -> bool:
+    return False
+
+
+def refuse_batch_statistics(function: Any, args: Any, kwargs: Any) -> None:
+    """Raise CoupledExamplesError for a batch normalisation with the statistics of the batch."""
+    if function not in (F.batch_norm, torch.batch_norm):
+        return
+    training = kwargs.get("training", args[5] if len(args) > 5 else False)
+    if training:
+        shape = tuple(args[0].shape) if args else tuple(kwargs["input"].shape)
+        raise CoupledExamplesError(
+            f"The batch normalisation of a tensor of shape {shape} uses the statistics of all examples.",
+            fix="use group, layer or instance normalisation (Opacus: ModuleValidator.fix), or put the layer in eval "
+            "mode",
+        )
+
+
+def picks_by_number(function: Any, args: Any) -> bool:
+    """Whether a tensor is indexed by single integers: as by Python's, which part it is does not vary by example."""
+    if function is not torch.Tensor.__getitem__:
+        return False
+    tensors = [part for part in _parts(args[1]) if isinstance(part, Tensor)]
+    return all(part.dim() == 0 and part.dtype not in (torch.bool, torch.uint8) for part in tensors)
+
+
+def autocast_of(args: Any) -> tuple[str, torch.dtype] | None:
+    """Device type and dtype of the autocast region that is active for the first tensor's device."""
+    for tensor in tensors_in(args):
+        kind = tensor.device.type
+        return (kind, torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None
+    return None
+
+
+def in_two_steps(function: Any, args: Any) -> Callable[..., Any] | None:
+    """An in-place operation whose target's graph node is not its own, as an ordinary one and a copy into the target.
+
+    For assignment (`h[mask] = p`), and for what changes a view: there the gradient flows through the view's base.
+    """
+    name = name_of(function)
+    if function is torch.Tensor.__setitem__:
+        return _assign
+    if not is_in_place(name) or not args[0]._is_view():
+        return None
+    ordinary = name.replace("__i", "__", 1) if name.startswith("__i") else name.removesuffix("_")
+    plain = getattr(torch.Tensor, ordinary, None)
+
+    def body(target: Tensor, *others: Any, **options: Any) -> Tensor:
+        if plain is None:
+            raise UnsupportedOpError(
+                f"{name} changes a view in place with a parameter, and has no form that returns its result.",
+                fix="build the tensor with torch.cat, torch.where or addition instead",
+            )
+        return target.copy_(plain(target.clone(), *others, **options))
+
+    return body
+
+
+def _assign(target: Tensor, index: Any, value: Tensor) -> None:
+    """`target[index] = value`, the parameter used by an addition to zeros that have the replaced entries' place."""
+    replaced = target[index]
+    nothing = torch.where(torch.zeros_like(replaced, dtype=torch.bool), replaced, 0)
+    target[index] = (nothing + value).to(target.dtype)

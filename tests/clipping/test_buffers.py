@@ -1,0 +1,120 @@
+"""Buffers: constants are used as they are, also changed without data; one that is updated from the data is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from clipping.test_exactness import assert_exact, assert_refused, loss_of
+from dither import errors
+
+pytestmark = pytest.mark.usefixtures("double_precision")
+B = 4
+
+
+class Buffered(nn.Module):
+    """A linear layer and a buffer that `update(buffer, x)` may change on every forward."""
+
+    def __init__(self, update):
+        super().__init__()
+        self.inner = nn.Linear(5, 3)
+        self.register_buffer("kept", torch.rand(5))
+        self.update = update
+
+    def forward(self, x):
+        self.update(self.kept, x)
+        return self.inner(x * self.kept.clone())
+
+
+def _under_no_grad(buffer, x):
+    with torch.no_grad():
+        buffer.mul_(0.9).add_(x.mean(0), alpha=0.1)
+
+
+IN_PLACE = {
+    "copy_": lambda b, x: b.copy_(x.mean(0)),
+    "under no_grad": _under_no_grad,
+    "index": lambda b, x: b.__setitem__(slice(None), x.mean(0)),
+    "one entry": lambda b, x: b.__setitem__(0, x.mean()),
+    "through a view": lambda b, x: b.view(-1)[0].add_(x.mean()),
+    "lerp_": lambda b, x: b.lerp_(x.mean(0), 0.1),
+    "fill_ with a tensor": lambda b, x: b.fill_(x.mean()),
+    "operator": lambda b, x: b.__iadd__(x.mean(0)),
+    "of one example": lambda b, x: b.add_(x[0]),
+    "a detached input": lambda b, x: b.add_(x.detach().mean(0)),
+}
+
+
+@pytest.mark.parametrize("how", IN_PLACE)
+def test_buffer_updated_in_place_from_data_is_refused(how):
+    model, x = Buffered(IN_PLACE[how]), torch.randn(B, 5)
+    before = model.kept.clone()
+    assert_refused(model, lambda: loss_of(model(x)), errors.BufferUpdateError, match="buffer")
+    if how != "under no_grad":  # its first operation is without data
+        assert torch.equal(model.kept, before)  # refused before the data reached it
+
+
+WITHOUT_DATA = {
+    "nothing": lambda b, x: None,
+    "counted": lambda b, x: b.add_(1),
+    "decayed": lambda b, x: b.mul_(0.9),
+    "from constants": lambda b, x: b.copy_(torch.arange(5.0)),
+    "from the batch size": lambda b, x: b.fill_(float(x.shape[0])),
+}
+
+
+@pytest.mark.parametrize("how", WITHOUT_DATA)
+def test_constant_buffers_are_exact(how):
+    model, x = Buffered(WITHOUT_DATA[how]), torch.randn(B, 5)
+    kept = model.kept.clone()
+    assert_exact(model, lambda: loss_of(model(x)), before=lambda: model.kept.data.copy_(kept))
+
+
+class Constants(nn.Module):
+    """Buffers where a parameter meets them: a table of positions as long as the batch, a mask, statistics, indices."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale, self.table = nn.Parameter(torch.randn(5)), nn.Parameter(torch.randn(7, 5))
+        self.inner = nn.Linear(5, 5)
+        self.register_buffer("positions", torch.randn(B, 5))  # T equals B
+        self.register_buffer("mask", torch.ones(5, 5).tril())
+        self.register_buffer("mean", torch.randn(5))
+        self.register_buffer("order", torch.tensor([0, 6, 2, 2]), persistent=False)
+
+    def forward(self, x):
+        x = F.layer_norm(x, (5,)) - self.mean + self.positions * self.scale
+        return F.linear(x, self.inner.weight * self.mask, self.inner.bias) + self.table[self.order]
+
+
+def test_buffers_that_meet_parameters_are_constants():
+    model, x = Constants(), torch.randn(B, B, 5)
+    assert_exact(model, lambda: loss_of(model(x)))
+
+
+def test_statistics_in_eval_mode_are_constants():
+    model, x = nn.Sequential(nn.Conv2d(2, 4, 2), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1)), torch.randn(B, 2, 4, 4)
+    model(x + 1)
+    model.eval()
+    statistics = model[1].running_mean.clone()
+    assert statistics.any()
+    assert_exact(model, lambda: loss_of(model(x)))
+    assert torch.equal(model[1].running_mean, statistics)
+
+
+def test_statistics_taken_under_no_grad_are_refused():
+    class Tracks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.norm = nn.Linear(5, 3), nn.BatchNorm1d(5, affine=False)
+
+        def forward(self, x):
+            with torch.no_grad():
+                self.norm(x)
+            return self.inner(x)
+
+    model, x = Tracks(), torch.randn(B, 5)
+    assert_refused(model, lambda: loss_of(model(x)), errors.CoupledExamplesError)
+    assert not model.norm.running_mean.any()
