@@ -2,6 +2,7 @@
 #   make demo          train the tiny DiT on digits under differential privacy (about three minutes on two cores)
 #   make test          ruff, mypy, pytest
 #   make opacus-suite  Opacus's own tests on dither.opacus        make check   both
+#   make sweep         10,000 generated models in every strategy (a quarter of an hour on two cores)
 #   make test TORCH=2.6.0        another torch        make test CONSTRAINTS=        no pinned versions
 
 PYTHON ?= python3
@@ -21,7 +22,7 @@ ifneq ($(strip $(REQUEST)),$(strip $(shell cat $(VENV)/.request 2>/dev/null)))
 $(shell rm -f $(VENV)/.installed-*)
 endif
 
-.PHONY: demo test opacus-suite check lint types format clean
+.PHONY: demo test opacus-suite check sweep lint types format clean
 
 demo: $(firstword $(wildcard $(VENV)/.installed-dev) $(VENV)/.installed-cli)
 	$(BIN)/dither train $(ARGS)
@@ -33,6 +34,9 @@ opacus-suite: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -c tests/opacus/suite.ini --pyargs opacus.tests
 
 check: test opacus-suite
+
+sweep: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python tests/properties/sweep.py --cases 10000 --workers $(WORKERS) $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -32,7 +32,7 @@ def clipped_sum(gradients: dict[str, Tensor], max_grad_norm: float) -> dict[str,
 
 
 def relative_error(ours: dict[str, Tensor], truth: dict[str, Tensor]) -> float:
-    """Norm of the difference over all parameters, relative to the truth's norm; of a complex number, both parts count."""
+    """Norm of the difference over all parameters, relative to the truth's norm; both parts count."""
     assert ours.keys() == truth.keys()
     assert all(ours[n].is_complex() == truth[n].is_complex() for n in truth)
     wrong = sum(float(_squares(_parts(ours[n]).double() - _parts(truth[n]).double()).sum()) for n in truth) ** 0.5

@@ -1,4 +1,4 @@
-"""The code blocks of README.md and CONTRIBUTING.md run as written."""
+"""The code blocks of README.md, CONTRIBUTING.md and the guides run as written."""
 
 from __future__ import annotations
 
@@ -62,15 +62,32 @@ def test_contributing_rule():
     try:
         exec(blocks("CONTRIBUTING.md")[0], names)
         asked = []
-        original = names["PReLUSlope"].per_example_gradient
-        names["PReLUSlope"].per_example_gradient = lambda self, *a, **k: asked.append(1) or original(self, *a, **k)
-        model = nn.Sequential(nn.Linear(5, 6), nn.PReLU(), nn.Linear(6, 2)).double()
+        original = names["Codebook"].per_example_gradient
+        names["Codebook"].per_example_gradient = lambda self, *a, **k: asked.append(1) or original(self, *a, **k)
+        model = nn.ParameterDict({"points": torch.randn(6, 5, dtype=torch.float64)})
         x = torch.randn(4, 3, 5, dtype=torch.float64)
-        assert dither.verify(model, lambda: model(x).square().sum((1, 2))).exact
+        x[1, 2] = model["points"][4].detach()  # a distance of zero
+        assert dither.verify(model, lambda: torch.cdist(x, model["points"]).square().sum((1, 2))).exact
+        assert dither.verify(model, lambda: torch.cdist(x, model["points"]).cos().sum((1, 2))).exact
+        time_first = x.transpose(0, 1)
+        assert dither.verify(model, lambda: torch.cdist(time_first, model["points"]).cos().sum((0, 2))).exact
         assert asked
     finally:
         rule._TABLE.clear()
         rule._TABLE.update(before)
+
+
+def test_exactness(capsys):
+    torch.manual_seed(0)
+    names: dict = {}
+    for code in blocks("docs/exactness.md"):
+        exec(code, names)
+    printed = capsys.readouterr().out
+    assert "through an input, shape (4, 3)" in printed
+    assert printed.count("exact: every example's gradient is its own") == 1
+    assert printed.splitlines()[-1] == "1.0"
+    with pytest.raises(names["CoupledExamplesError"]):
+        dither.clipped_sum(names["model"], lambda: names["restored"](names["raw"]))
 
 
 @pytest.fixture

@@ -17,7 +17,9 @@ NAMES = {
     "PrivateTraining",
     "VerificationReport",
     "__version__",
+    "batched",
     "clipped_sum",
+    "constant",
     "per_example_gradients",
     "per_example_norms",
     "register_rule",
@@ -25,12 +27,14 @@ NAMES = {
 }
 
 ARGUMENTS = {
+    "batched": "tensor axis=0",
+    "constant": "tensor",
     "clipped_sum": (
         "model loss_fn max_grad_norm=1.0 clipping='flat' strategy='auto' rows_per_example=None memory_budget=None "
-        "into=None"
+        "into=None randomness='different'"
     ),
-    "per_example_gradients": "model loss_fn",
-    "per_example_norms": "model loss_fn",
+    "per_example_gradients": "model loss_fn randomness='different'",
+    "per_example_norms": "model loss_fn randomness='different'",
     "verify": "model loss_fn strategies=('auto', 'hold', 'ghost', 'tile', 'two_pass')",
     "PrivateTraining": (
         "model optimizer dataset loss_fn expected_batch_size=256 steps=1000 max_grad_norm=1.0 delta=1e-05 epsilon=None "

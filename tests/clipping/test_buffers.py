@@ -118,3 +118,52 @@ def test_statistics_taken_under_no_grad_are_refused():
     model, x = Tracks(), torch.randn(B, 5)
     assert_refused(model, lambda: loss_of(model(x)), errors.CoupledExamplesError)
     assert not model.norm.running_mean.any()
+
+
+def _rebind(module, x):
+    module.kept = 0.9 * module.kept + x.mean(0)
+
+
+STATE = {
+    "a buffer reassigned": _rebind,
+    ".detach() in place": lambda m, x: m.kept.detach().add_(x.mean(0)),
+    "out=": lambda m, x: torch.add(m.kept, x.mean(0), out=m.kept),
+    "set_": lambda m, x: m.kept.set_(x.mean(0)),
+    "foreach": lambda m, x: torch._foreach_add_([m.kept], [x.mean(0)]),
+    "instance norm": lambda m, x: F.instance_norm(x.unsqueeze(2).expand(-1, -1, 3), m.kept, m.kept.abs() + 1),
+    "a frozen parameter": lambda m, x: m.frozen.lerp_(x.mean(0), 0.1),
+}
+
+
+class Updated(nn.Module):
+    """A buffer and a frozen parameter that `update(module, x)` changes on every forward, without gradients."""
+
+    def __init__(self, update):
+        super().__init__()
+        self.inner, self.update = nn.Linear(5, 3), update
+        self.frozen, self.trained = nn.Parameter(torch.rand(5), requires_grad=False), nn.Parameter(torch.rand(5))
+        self.register_buffer("kept", torch.rand(5))
+
+    def forward(self, x):
+        with torch.no_grad():
+            self.update(self, x)
+        return self.inner(x * self.trained * self.frozen)
+
+
+@pytest.mark.parametrize("how", STATE)
+def test_state_updated_from_data_is_refused(how):
+    model, x = Updated(STATE[how]), torch.randn(B, 5)
+    assert_refused(model, lambda: loss_of(model(x)), errors.BufferUpdateError)
+
+
+def test_instance_norm_that_tracks_statistics_is_refused():
+    layer, x = nn.InstanceNorm1d(6, affine=True, track_running_stats=True), torch.randn(B, 6, 5)
+    assert_refused(layer, lambda: loss_of(layer(x)), errors.BufferUpdateError)
+    layer.eval()
+    assert_exact(layer, lambda: loss_of(layer(x)))
+
+
+def test_functional_batch_norm_that_tracks_statistics_is_refused():
+    update = lambda m, x: torch.batch_norm(x, None, None, m.kept, m.kept + 1, True, 0.1, 1e-5, False)  # noqa: E731
+    model, x = Updated(update), torch.randn(B, 5)
+    assert_refused(model, lambda: loss_of(model(x)), errors.CoupledExamplesError)

@@ -159,8 +159,43 @@ STEPS = {
 }
 
 
+@pytest.mark.parametrize("before", ["first layer", "later layer"])
 @pytest.mark.parametrize("name", VIEWS)
 @pytest.mark.parametrize("step", STEPS)
-def test_in_place_on_a_later_output_that_is_a_view(step, name):
-    model, x = nn.Sequential(nn.Linear(5, 5), VIEWS[name](), STEPS[step](), nn.Linear(5, 3)), torch.randn(B, 6, 5)
+def test_in_place_on_an_output_that_is_a_view(step, name, before):
+    layers = [VIEWS[name](), STEPS[step](), nn.Linear(5, 3)]
+    model = nn.Sequential(*([nn.Linear(5, 5)] if before == "later layer" else []), *layers)
+    x = torch.randn(B, 6, 5)
+    assert_exact(model, lambda: loss_of(model(x)))
+
+
+def _slice_of_examples(x, p, w):
+    h = x.clone()
+    h[..., :2].mul_(p)
+    return F.linear(h, w)
+
+
+def _slice_of_an_output(x, p, w):
+    h = F.linear(x, w)
+    h[..., :2].add_(p)
+    return h
+
+
+def _named_view(x, p, w):
+    h = x.clone()
+    view = h.view(-1, 2)
+    view *= p
+    return F.linear(h, w)
+
+
+def _view_and_base(x, p, w):
+    h = x.clone()
+    view = h[..., :2]
+    view.mul_(p)
+    return torch.cat([F.linear(h, w), view], -1)
+
+
+@pytest.mark.parametrize("body", [_slice_of_examples, _slice_of_an_output, _named_view, _view_and_base])
+def test_in_place_on_a_view_whose_base_is_used_afterwards(body):
+    model, x = Function(body, p=(2,), w=(4, 4)), torch.randn(B, 4)
     assert_exact(model, lambda: loss_of(model(x)))

@@ -172,14 +172,97 @@ def test_a_residual_that_destroys_what_is_needed_is_refused_as_autograd_does():
     assert_refused(model, lambda: loss_of(model(x)), errors.SavedInputChangedError)
 
 
-def test_a_parameter_written_into_examples_is_refused():
+WHERE = {
+    "one place": (lambda h: (slice(None), 0), (5,)),
+    "slices": (lambda h: (slice(None), slice(1, None), slice(0, 4, 2)), (2, 2)),
+    "a broadcast value": (lambda h: (slice(None), slice(0, 2)), (5,)),
+    "a number": (lambda h: (slice(None), 1, 2), ()),
+    "ellipsis": (lambda h: (..., -1), (3,)),
+    "everything": (lambda h: slice(None), (3, 5)),
+    "list of places": (lambda h: (slice(None), [2, 0]), (2, 5)),
+    "tensor of places": (lambda h: (slice(None), torch.tensor([2, 0]), torch.tensor([1, 1])), (2,)),
+    "constant mask": (lambda h: (slice(None), torch.tensor([True, False, True])), (5,)),
+    "None": (lambda h: (slice(None), None, 0), (5,)),
+    "mask of the data": (lambda h: h.detach() > 0.3, ()),
+    "mask of the data, by place": (lambda h: h.detach()[..., 0] > 0, (5,)),
+}
+
+
+@pytest.mark.parametrize("name", WHERE)
+def test_a_parameter_written_into_rows_after_a_first_layer(name):
+    where, shape = WHERE[name]
+
+    def body(x, w, p):
+        h = F.linear(x, w)
+        h[where(h)] = p
+        return F.linear(h.tanh(), w)
+
+    model, x = Function(body, w=(5, 5), p=shape), torch.randn(B, 3, 5)
+    assert_exact(model, lambda: loss_of(model(x)))
+
+
+@pytest.mark.parametrize("name", [name for name in WHERE if "data" not in name])
+def test_a_parameter_written_into_inputs(name):
+    where, shape = WHERE[name]
+
     def body(x, p):
         x = x * 1
-        x[:, 0] = p
-        return x
+        x[where(x)] = p
+        return x * p.sum()
 
-    model, x = Function(body, p=(5,)), torch.randn(B, 3, 5)
-    assert_refused(model, lambda: loss_of(model(x)), errors.UnsupportedOpError, match="in place")
+    model, x = Function(body, p=shape), torch.randn(B, 3, 5)
+    assert_exact(model, lambda: loss_of(model(x)))
+
+
+MEETS = {
+    "p.to(x)": lambda x, p: x + p.to(x),
+    "p.type_as(x)": lambda x, p: x + p.type_as(x),
+    "p.view_as": lambda x, p: x * p.view_as(x[0]),
+    "broadcast_tensors": lambda x, p: torch.mul(*torch.broadcast_tensors(x, p)),
+}
+
+
+@pytest.mark.parametrize("name", MEETS)
+def test_a_parameter_takes_shape_or_dtype_from_the_examples(name):
+    model, x = Function(MEETS[name], p=(5,)), torch.randn(B, 5)
+    assert_exact(model, lambda: loss_of(model(x)))
+
+
+def test_low_rank_update_added_to_a_frozen_weight():
+    class Merged(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.base = nn.Parameter(torch.randn(3, 5), requires_grad=False)
+            self.a, self.b = nn.Parameter(torch.randn(2, 5)), nn.Parameter(torch.randn(3, 2))
+
+        def forward(self, x):
+            return F.linear(x, self.base + self.b @ self.a)
+
+    model, x = Merged(), torch.randn(B, 5)
+    assert_exact(model, lambda: loss_of(model(x)))
+
+
+def test_a_critic_frozen_while_the_actors_loss_is_computed():
+    model, x = nn.ModuleDict({"actor": nn.Linear(5, 5), "critic": nn.Linear(5, 3)}), torch.randn(B, 5)
+
+    def loss_fn():
+        model["critic"].requires_grad_(False)
+        loss = loss_of(model["critic"](model["actor"](x)))
+        model["critic"].requires_grad_(True)
+        return loss + loss_of(model["critic"](x))
+
+    assert_exact(model, loss_fn)
+
+
+def test_a_weight_detached_in_place_is_a_constant():
+    def body(x, w, p):
+        weight = w * 2
+        weight.detach_()
+        return F.linear(x, weight) + p
+
+    model, x = Function(body, w=(3, 5), p=(3,)), torch.randn(B, 5)
+    assert_exact(model, lambda: loss_of(model(x)))
+    assert not dither.clipped_sum(model, lambda: loss_of(model(x))).gradients["w"].any()
 
 
 def test_out_arguments_are_refused_as_autograd_does():

@@ -159,3 +159,20 @@ def test_ghost_norms_survive_cancellation():
     held = dither.clipped_sum(model, lambda: loss_fn(model, torch.float32), strategy="hold").norms.double()
     torch.testing.assert_close(ghost, truth, rtol=1e-3, atol=0)
     assert (ghost - truth).abs().max() <= 2 * (held - truth).abs().max() + 1e-4 * truth.max()
+
+
+def test_clip_factors_of_losses_in_half_precision_are_not_rounded_upwards(double_precision):
+    model, x = nn.Linear(5, 3), torch.randn(B, 6, 5)
+    for strategy in STRATEGIES:
+        for bound in (0.1, 0.2, 0.3, 0.37):
+            for i in range(B):
+                moved = removal_moves(model, lambda k: loss_of(model(x[k])).bfloat16(), B, i, bound, strategy)
+                assert moved <= 1 + 1e-9, strategy
+
+
+@each_strategy
+def test_squares_that_underflow_before_they_are_multiplied_are_not_lost(strategy):
+    model, x, weights = nn.Linear(16, 16, bias=False), torch.ones(2, 1, 16), torch.tensor([1e17, 1.0])
+    x[0] *= 1e-23
+    moved = removal_moves(model, lambda k: model(x[k]).flatten(1).sum(1) * weights[k], 2, 0, 1e-8, strategy)
+    assert moved == pytest.approx(1.0, rel=1e-5)

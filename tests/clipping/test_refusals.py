@@ -111,6 +111,16 @@ def test_a_gradient_around_the_recorder_is_exact_or_refused_and_leaves_no_trace(
     assert torch.equal(model.weight.grad, torch.ones(3, 3)) and model.bias.grad is None
 
 
+@pytest.mark.parametrize("transform", ["vmap", "jvp"])
+def test_function_transforms_inside_the_loss_are_refused(transform):
+    model, x = nn.Linear(5, 3), torch.randn(4, 5)
+    losses = {
+        "vmap": lambda: torch.vmap(lambda row: loss_of(model(row).unsqueeze(0)).sum())(x),
+        "jvp": lambda: loss_of(torch.func.jvp(model, (x,), (torch.ones_like(x),))[1]),
+    }
+    assert_refused(model, losses[transform], errors.UnsupportedOpError, match="torch.func")
+
+
 def test_a_forward_outside_the_loss_function_is_refused():
     model, x = nn.Linear(3, 2), torch.randn(4, 3)
     stale = model(x)

@@ -58,9 +58,7 @@ ROWS: dict[str, tuple[str, ...]] = {
         "opacus/test_hooks.py::test_a_parameter_unfrozen_and_a_layer_added_after_wrapping",
     ),
     "layer added after wrapping": ("clipping/test_trust.py::test_layer_added_later",),
-    "activation checkpointing, non-reentrant": (
-        "clipping/test_trust.py::test_activation_checkpoints_are_exact_or_refused",
-    ),
+    "activation checkpointing, non-reentrant": ("clipping/test_trust.py::test_activation_checkpoints_are_exact",),
     "batch statistics in the model or the loss": (
         "clipping/test_trust.py::test_batch_statistics_in_the_model_are_refused",
         "clipping/test_trust.py::test_batch_statistics_without_a_batch_norm_are_refused",

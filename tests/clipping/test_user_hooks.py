@@ -9,7 +9,7 @@ from torch import nn
 
 import dither
 import oracle
-from clipping.test_exactness import STRATEGIES, Function, assert_exact, assert_refused, loss_of
+from clipping.test_exactness import STRATEGIES, Function, assert_exact, assert_refused, loss_of, removal_moves
 from dither import errors
 
 pytestmark = pytest.mark.usefixtures("double_precision")
@@ -79,6 +79,21 @@ def test_a_hook_that_bends_the_gradient_in_one_pass(strategy):
     bound = float(oracle.norms(truth).median()) / 10
     result = dither.clipped_sum(model, lambda: loss_of(model(x)), max_grad_norm=bound, strategy=strategy)
     assert oracle.relative_error(result.gradients, oracle.clipped_sum(truth, bound)) <= 1e-10
+
+
+def test_a_hook_that_bends_the_gradient_in_two_passes():
+    """The second pass sends weighted losses through it, and each example still moves the sum by the bound at most."""
+    model, x = hooked(lambda g: g.clamp(-0.01, 0.01), "scaled"), torch.randn(B, 6, 5)
+    for i in range(B):
+        assert removal_moves(model, lambda k: loss_of(model(x[k])), B, i, 0.01, "two_pass") <= 1 + 1e-9
+
+
+def test_a_hook_on_a_parameter_is_refused():
+    model, x = nn.Linear(5, 3), torch.randn(B, 5)
+    handle = model.weight.register_hook(lambda g: g * torch.tensor([1.0, 0.0, 0.0]).view(3, 1))
+    assert_refused(model, lambda: loss_of(model(x)), errors.UnsupportedOpError, match="hook")
+    handle.remove()
+    assert_exact(model, lambda: loss_of(model(x)))
 
 
 # --- hooks on modules ----------------------------------------------------------------------------

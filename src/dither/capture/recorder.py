@@ -14,13 +14,14 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
 from dither.capture import operations, watching
 from dither.capture.custom import CustomNodes
 from dither.capture.declared import Declared, declarations
+from dither.capture.places import after_tensor_hooks, alias, anchored
+from dither.capture.rows import row_by_row, shared_rows
 from dither.capture.saving import hooked, keep
 from dither.capture.uses import Hidden, OpCall, ParamUse, Tape, map_tensors, tensors_in
 from dither.errors import BufferUpdateError, NestedRecorderError, UnsupportedOpError
@@ -44,19 +45,6 @@ class Rules(Protocol):
 
     def decomposition(self, function: Callable[..., Any]) -> Callable[..., Any] | None:
         """The same operation written in operations that have rules, if there is one."""
-
-
-class _Anchor(torch.autograd.Function):
-    """A graph node for a fresh output, without a copy, so that in-place operations after it keep working."""
-
-    @staticmethod
-    def forward(ctx: Any, anchor: Tensor, output: Tensor) -> Tensor:
-        ctx.mark_dirty(output)
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None]:
-        return None, None
 
 
 class Recorder(TorchFunctionMode):
@@ -201,7 +189,7 @@ class Recorder(TorchFunctionMode):
     def _dispatch(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         kinds = self._kinds
         used: set[int] = set()
-        buffers: list[Tensor] = []
+        watched: list[Tensor] = []
         batch_free = True
         follows = False
         for tensor in tensors_in((args, kwargs)):
@@ -211,8 +199,10 @@ class Recorder(TorchFunctionMode):
             elif kind[0] in (_PARAMETER, _DERIVED):
                 if tensor.requires_grad:  # else it is frozen at this moment
                     used.add(id(tensor))
+                if kind[0] == _PARAMETER:
+                    watched.append(tensor)
             elif kind[0] == _BUFFER:
-                buffers.append(tensor)
+                watched.append(tensor)
             elif kind[0] == _BATCHED:
                 batch_free, follows = False, True
         if follows and torch.is_grad_enabled():
@@ -224,12 +214,19 @@ class Recorder(TorchFunctionMode):
                 batch_free = id(args[0]) in kinds and not follows
             elif operations.picks_by_number(func, args) and id(args[0]) in used:
                 batch_free = True
-        versions = [] if batch_free else [buffer._version for buffer in buffers]
+        versions = [tensor._version for tensor in watched]
         output = self._run(func, args, kwargs, used, batch_free)
-        for buffer, version in zip(buffers, versions, strict=False):
-            if buffer._version != version:
-                raise _updated(buffer, operations.name_of(func))
+        for tensor, version in zip(watched, versions, strict=True):
+            if tensor._version != version:
+                self._changed(tensor, version, batch_free, operations.name_of(func))
         return output
+
+    def _changed(self, tensor: Tensor, before: int, batch_free: bool, name: str) -> None:
+        """State may change where no example has a part: power iterations, counters of steps."""
+        if not batch_free:
+            raise _updated(tensor, name)
+        if self._versions.get(id(tensor)) == before:
+            self._versions[id(tensor)] = tensor._version
 
     def _run(self, func: Any, args: Any, kwargs: Any, used: set[int], batch_free: bool) -> Any:
         if not used:
@@ -263,8 +260,6 @@ class Recorder(TorchFunctionMode):
         if target is not None and not batch_free:
             self._forget_constant(target, name)
         output = func(*args, **kwargs)
-        if batch_free:
-            self._changed_without_examples((args, kwargs))
         if batch_free and not any(word in name for word in operations.RANDOM):
             for tensor in tensors_in(output):
                 self._kinds.setdefault(id(tensor), (_CONSTANT, tensor))
@@ -277,7 +272,6 @@ class Recorder(TorchFunctionMode):
         else:
             output = func(*args, **kwargs)
         self._computed(output)
-        self._changed_without_examples((args, kwargs))
         if operations.is_in_place(operations.name_of(func)) and args and isinstance(args[0], Tensor):
             for tensor in (args[0], *([] if args[0]._base is None else [args[0]._base])):
                 if tensor.requires_grad and id(tensor) not in self._names:
@@ -296,12 +290,6 @@ class Recorder(TorchFunctionMode):
             kind = self._kinds.get(id(tensor))
             if kind is None or kind[0] == _CONSTANT:
                 self._kinds[id(tensor)] = (_DERIVED if tensor.requires_grad else _CONSTANT, tensor)
-
-    def _changed_without_examples(self, arguments: Any) -> None:
-        """Buffers may change where no example has a part: power iterations, counters of steps."""
-        for tensor in tensors_in(arguments):
-            if id(tensor) in self._versions:
-                self._versions[id(tensor)] = tensor._version
 
     def _forget_constant(self, target: Tensor, name: str) -> None:
         for tensor in (target, *([] if target._base is None else [target._base])):
@@ -342,12 +330,14 @@ class Recorder(TorchFunctionMode):
         replays = any(rule.replays for _, _, rule in claimed)
         rng_state = torch.get_rng_state() if replays else None
         autocast = operations.autocast_of(args) if replays else None
+        given = enumerate(tensors_in((args, kwargs))) if replays else ()
+        fixed = frozenset(position for position, tensor in given if id(tensor) in self._kinds)
         output = func(*map_tensors(self._live, args), **map_tensors(self._live, kwargs))
         rng_state = self._drawn(rng_state, func)
-        if rng_state is not None and self._randomness == "same" and _rows(args, self._kinds) > 1:
+        if rng_state is not None and self._randomness == "same" and shared_rows(args, self._kinds) > 1:
             with self._resumed():
                 examples = {id(t): self._followed_from_here(t) for t in tensors_in(args) if id(t) not in self._kinds}
-                return _row_by_row(func, args, kwargs, examples, rng_state)
+                return row_by_row(func, args, kwargs, examples, rng_state)
         outputs = [t for t in tensors_in(output) if t.is_floating_point() or t.is_complex()]
         held, hidden = self._hide(detach.done, saved, len(outputs)) if hooked() else ([None] * len(outputs), None)
         if self._replays:
@@ -368,6 +358,7 @@ class Recorder(TorchFunctionMode):
                 source=source,
                 rng_state=rng_state,
                 autocast=autocast,
+                fixed=fixed,
                 hidden=hidden,
             )
             self.tape.calls.append(call)
@@ -410,7 +401,7 @@ class Recorder(TorchFunctionMode):
         if tensor._is_view():  # an in-place operation would put another node in the place of a view's
             tensor = torch.ops.aten._unsafe_view(tensor, tensor.shape)
         if not tensor.requires_grad:
-            tensor = _anchored(self.anchor, tensor)
+            tensor = anchored(self.anchor, tensor)
         return tensor
 
     def _listen(self, output: Any, outputs: list[Tensor], first: int | None, held: list[Any]) -> Any:
@@ -422,7 +413,7 @@ class Recorder(TorchFunctionMode):
             if first is None:
                 continue
             call = first + position
-            _after_tensor_hooks(live, partial(self.tape.deliver, call, held[position]))
+            after_tensor_hooks(live, partial(self.tape.deliver, call, held[position]))
             node: Any = live.grad_fn
             node.metadata.setdefault(CALL, []).append(call)
             if self.on_output is not None:
@@ -430,61 +421,15 @@ class Recorder(TorchFunctionMode):
         return map_tensors(lambda t: replaced.get(id(t), t), output)
 
 
-_anchored = _Anchor.apply
-"""Bound now: while recording, `torch.autograd.Function.apply` is watched."""
-
-
 def _updated(buffer: Tensor, name: str) -> BufferUpdateError:
     return BufferUpdateError(
-        f"A buffer of shape {tuple(buffer.shape)} is changed in place by {name} from the examples.",
+        f"A buffer or parameter of shape {tuple(buffer.shape)} is changed in place by {name} from the examples.",
         fix="make the buffer a constant (eval mode, track_running_stats=False): it would not be private",
     )
 
 
-def _rows(args: Any, kinds: Mapping[int, Any]) -> int:
-    """Length of the first axis, which all inputs that are not parameters must share, and no parameter."""
-    sizes = {t.shape[0] if t.dim() else 0 for t in tensors_in(args) if id(t) not in kinds}
-    others = {t.shape[0] if t.dim() else 0 for t in tensors_in(args) if id(t) in kinds}
-    if len(sizes) != 1 or sizes & others - {1}:
-        raise UnsupportedOpError(
-            f"randomness='same' cannot take one row of {sizes} at a time beside parameters of {others}.",
-            fix="randomness='different', or a parameter whose first axis is not the batch's",
-        )
-    return sizes.pop()
-
-
-def _row_by_row(func: Any, args: Any, kwargs: Any, examples: Mapping[int, Tensor], rng_state: Tensor) -> Tensor:
-    """A random operation on one row of the examples at a time, each with the same random numbers."""
-    outputs = []
-    for row in range(len(next(iter(examples.values())))):
-        torch.set_rng_state(rng_state)
-        outputs.append(func(*[examples[id(a)][row : row + 1] if id(a) in examples else a for a in args], **kwargs))
-    return torch.cat(outputs)
-
-
 def _as_it_is(tensor: Tensor) -> Tensor:
     return tensor
-
-
-def _after_tensor_hooks(tensor: Tensor, deliver: Callable[[Tensor], None]) -> None:
-    """Deliver a tensor's gradient once every hook that anybody registers on the tensor has run."""
-    number = tensor.output_nr
-
-    def hook(gradients: tuple[Tensor | None, ...]) -> None:
-        gradient = gradients[number]
-        if gradient is not None:
-            deliver(gradient)
-
-    assert tensor.grad_fn is not None
-    tensor.grad_fn.register_prehook(hook)
-
-
-def alias(tensor: Tensor, anchor: Tensor, deliver: Callable[[Tensor], None]) -> Tensor:
-    """The same memory as a tensor that has a graph node, whose gradients are delivered."""
-    with _unsafe_preserve_version_counter(tensor):  # nothing is written
-        tracked: Tensor = _anchored(anchor, tensor.detach())
-    _after_tensor_hooks(tracked, deliver)
-    return tracked
 
 
 class _Detacher:

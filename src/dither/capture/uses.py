@@ -82,6 +82,7 @@ class OpCall:
         versions: version counters of the saved inputs, to notice a change in place.
         rng_state: the random state before a random operation without a rule, so that it can be replayed.
         autocast: device type and dtype of the autocast region the operation ran in, if it is to be replayed.
+        fixed: positions, among all its tensors, of those that do not vary with the examples, if it is to be replayed.
         hidden: the arguments with `Hidden` in the places of inputs that hooks hold; None if there are none.
     """
 
@@ -96,6 +97,7 @@ class OpCall:
     source: bool = False
     rng_state: Tensor | None = None
     autocast: tuple[str, torch.dtype] | None = None
+    fixed: frozenset[int] = frozenset()
     hidden: tuple[Any, Any, Any] | None = None
 
     @property
@@ -216,7 +218,12 @@ class Tape:
         """
         if self.sink is None:
             return
-        if held is not None and self.restores:
-            self.calls[call].restore(held())  # a checkpoint recomputes here, and the recorder must see it
+        if held is not None:
+            tensors = (
+                held()
+            )  # a checkpoint recomputes here, and the recorder must see it; not asked for, they would stay
+            if self.restores:
+                self.calls[call].restore(tensors)
+            del tensors
         with torch._C.DisableTorchFunction():
             self.sink(call, gradient)

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from dither.capture.uses import ParamUse
-from dither.clipping.backward import Gradients, LossFunction, Recording
+from dither.clipping.collectors import NotFormed
 from dither.clipping.functions import clipping_function, is_finite
-from dither.clipping.gradients import NotFormed
+from dither.clipping.gradients import Gradients
 from dither.clipping.plan import Plan, check_strategy
+from dither.clipping.recording import LossFunction, Recording
 from dither.errors import ConfigurationError, ExampleAxisError
 
 

@@ -1,177 +1,125 @@
-"""What is kept of each parameter's per-example gradients between the backward pass and the weighted sum.
-
-A collector serves one parameter. It receives the output gradient of each of the parameter's uses as backward runs,
-gives squared norms, and adds the weighted sum. Legend: B examples, P the parameter's elements.
-"""
+"""Per-example gradients of recordings by parameter, under a plan."""
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from dither.capture.coverage import leaves_of
 from dither.capture.uses import ParamUse
-from dither.rules.rule import add_weighted, squared_rows
+from dither.clipping.collectors import Added, Collector, Held, NotFormed, pull_back
+from dither.clipping.plan import Plan, PlannedUse, choose
+from dither.clipping.recording import Recorded
 
 
-class Collector(Protocol):
-    """One parameter's per-example gradients, formed or not."""
-
-    strategy: str
-
-    def receive(self, use: ParamUse, grad_output: Tensor) -> None:
-        """Take the output gradient of a use."""
-        ...
-
-    def squared_norm(self) -> Tensor | None:
-        """Squared norms (B,); None if no gradient arrived."""
-        ...
-
-    def formed(self) -> Tensor | None:
-        """Per-example gradients (B, *shape), formed now if they were not; None if no gradient arrived."""
-        ...
-
-    def add_weighted_sum(self, weights: Tensor, into: Tensor) -> None:
-        """Add sum_i weights[i] * gradient i to `into`."""
-        ...
-
-
-class Buffers:
-    """Memory for held gradients, kept between steps: on a CPU fresh pages cost more than the arithmetic."""
-
-    def __init__(self) -> None:
-        self._kept: dict[object, Tensor] = {}
-
-    def take(self, key: object, batch: int, parameter: Tensor) -> Tensor:
-        """An uninitialised (B, *parameter.shape) tensor; the same memory for the same key if it is large enough."""
-        needed = batch * parameter.numel()
-        kept = self._kept.get(key)
-        fits = kept is not None and kept.numel() >= needed and kept.dtype == parameter.dtype
-        if kept is None or not fits or kept.device != parameter.device or _in_use(kept):
-            kept = self._kept[key] = parameter.new_empty(needed, requires_grad=False)
-        return kept[:needed].view(batch, *parameter.shape)
-
-
-def _in_use(kept: Tensor) -> bool:
-    """Whether somebody else (the user's `grad_sample`) still refers to the memory."""
-    count = getattr(torch._C, "_storage_Use_Count", None)
-    # The tensor and the storage object made here refer to it.
-    return count is None or count(kept.untyped_storage()._cdata) > 2
-
-
-class Held:
-    """Forms and keeps the gradients of a parameter that is used once."""
-
-    strategy = "hold"
-
-    def __init__(self, buffers: Buffers) -> None:
-        self._buffers = buffers
-        self._gradients: Tensor | None = None
-
-    def receive(self, use: ParamUse, grad_output: Tensor) -> None:
-        """Form the gradients, in memory kept from the last step for large parameters."""
-        out = None
-        if not use.rule.holds_cheaply:
-            out = self._buffers.take((use.name, use.slot), use.batch, use.parameter.detach())
-        self._gradients = use.rule.per_example_gradient(use, grad_output, out)
-
-    def squared_norm(self) -> Tensor | None:
-        """Of what is held."""
-        return None if self._gradients is None else squared_rows(self._gradients)
-
-    def formed(self) -> Tensor | None:
-        """What is held."""
-        return self._gradients
-
-    def add_weighted_sum(self, weights: Tensor, into: Tensor) -> None:
-        """A weighted sum over the first axis."""
-        if self._gradients is not None:
-            add_weighted(self._gradients, weights, into)
-
-
-class NotFormed:
-    """Keeps input and output gradient of a parameter that is used once; strategy ghost or tile."""
-
-    def __init__(self, strategy: str) -> None:
-        self.strategy = strategy
-        self._kept: tuple[ParamUse, Tensor] | None = None
-        self._squared: Tensor | None = None
-
-    def receive(self, use: ParamUse, grad_output: Tensor) -> None:
-        """Compute the norm at once, while the tensors are in cache."""
-        self._kept = (use, grad_output)
-        norm = use.rule.squared_norm if self.strategy == "ghost" else use.rule.tile_squared_norm
-        self._squared = norm(use, grad_output)
-
-    def forget(self) -> None:
-        """Drop the tensors, keep the norm (for two passes)."""
-        self._kept = None
-
-    def squared_norm(self) -> Tensor | None:
-        """As computed on arrival."""
-        return self._squared
-
-    def formed(self) -> Tensor | None:
-        """Formed now, for the rare examples that need it."""
-        if self._kept is None:
-            return None
-        use, grad_output = self._kept
-        return use.rule.per_example_gradient(use, grad_output)  # type: ignore[no-any-return]
-
-    def add_weighted_sum(self, weights: Tensor, into: Tensor) -> None:
-        """One weighted product over all rows."""
-        if self._kept is not None:
-            use, grad_output = self._kept
-            use.call.check_unchanged()
-            use.rule.add_weighted_sum(use, grad_output, weights, into)
-
-
-class Added:
-    """Forms the gradients of every use and adds them per example: several uses, or tensors computed from the parameter.
-
-    `pulled` gives, for a use of a computed tensor, its gradients pulled back to the parameter.
-    """
-
-    strategy = "form"
-
-    def __init__(self) -> None:
-        self._gradients: Tensor | None = None
-
-    def receive(self, use: ParamUse, grad_output: Tensor) -> None:
-        """Form and add."""
-        self.add(use.rule.per_example_gradient(use, grad_output))
-
-    def add(self, gradients: Tensor) -> None:
-        """Add per-example gradients (B, *shape)."""
-        self._gradients = gradients if self._gradients is None else self._gradients + gradients
-
-    def squared_norm(self) -> Tensor | None:
-        """Of the sum of all uses."""
-        return None if self._gradients is None else squared_rows(self._gradients)
-
-    def formed(self) -> Tensor | None:
-        """The sum of all uses."""
-        return self._gradients
-
-    def add_weighted_sum(self, weights: Tensor, into: Tensor) -> None:
-        """A weighted sum over the first axis."""
-        if self._gradients is not None:
-            add_weighted(self._gradients, weights, into)
-
-
-def pull_back(computed: Tensor, gradients: Tensor, leaves: list[Tensor]) -> list[Tensor | None]:
-    """Per-example gradients of a tensor computed from parameters, as gradients of the parameters.
+class Gradients:
+    """Per-example gradients of a recording by parameter, under a plan.
 
     Args:
-        computed: the tensor, with its graph.
-        gradients: (B, *computed.shape).
-        leaves: the parameters.
-
-    Returns:
-        For each parameter (B, *shape), or None if it had no part.
+        recordings: the recorded forwards, of the same examples.
+        strategy: one of dither.clipping.plan.STRATEGIES.
+        memory_budget: bytes that held gradients may take; None for no bound.
     """
-    pulled = torch.autograd.grad(
-        computed, leaves, gradients.to(computed.dtype), is_grads_batched=True, retain_graph=True, allow_unused=True
-    )
-    return list(pulled)
+
+    def __init__(self, recordings: Sequence[Recorded], strategy: str, memory_budget: float | None) -> None:
+        self._batch, self._device = recordings[0].batch, recordings[0].device
+        self._parameters = {name: p for recording in recordings for name, p in recording.parameters.items()}
+        self._names = {id(p): name for name, p in self._parameters.items()}
+        uses = [use for recording in recordings for use in recording.tape.uses]
+        self.collectors: dict[str, Collector] = {}
+        self._leaves: dict[int, list[str]] = {}
+        planned = []
+        left = float("inf") if memory_budget is None else float(memory_budget)
+        counts: dict[str, int] = {}
+        for use in uses:
+            for name in self._leaves_of(use):
+                counts[name] = counts.get(name, 0) + 1
+        for use in uses:
+            direct = id(use.parameter) in self._names
+            chosen = "form"
+            if direct and counts[use.name] == 1 and use.axis is not None:
+                chosen = choose(use, strategy, left)
+                self.collectors[use.name] = Held(recordings[0].buffers) if chosen == "hold" else NotFormed(chosen)
+            for name in self._leaves_of(use):
+                self.collectors.setdefault(name, Added())
+            held = 0 if use.axis is None or chosen in ("ghost", "tile") else int(use.rule.cost(use).held_bytes)
+            left -= held
+            planned.append(PlannedUse(use.name, use.call.name, chosen, held))
+        self.plan = Plan(tuple(planned))
+
+    def _leaves_of(self, use: ParamUse) -> list[str]:
+        """Names of the parameters behind a use."""
+        found = self._leaves.get(id(use.parameter))
+        if found is None:
+            own = self._names.get(id(use.parameter))
+            reached = {id(leaf) for leaf in leaves_of(use.parameter)} if own is None else set()
+            found = [own] if own is not None else [n for i, n in self._names.items() if i in reached]
+            self._leaves[id(use.parameter)] = found
+        return found
+
+    def receive(self, use: ParamUse, grad_output: Tensor) -> None:
+        """Hand an output gradient to the collectors of the parameters behind the use."""
+        if id(use.parameter) in self._names:
+            self.collectors[use.name].receive(use, grad_output)
+            return
+        names = self._leaves_of(use)
+        gradients = use.rule.per_example_gradient(use, grad_output)
+        with torch.enable_grad():
+            pulled = pull_back(use.parameter, gradients, [self._parameters[n] for n in names])
+        for name, gradient in zip(names, pulled, strict=True):
+            collector = self.collectors[name]
+            if gradient is not None and isinstance(collector, Added):
+                collector.add(gradient)
+
+    def is_formed(self, use: ParamUse) -> bool:
+        """Whether a use's gradients are formed as they arrive, so that its inputs are not needed afterwards."""
+        return not isinstance(self.collectors.get(use.name), NotFormed)
+
+    def formed(self, name: str) -> Tensor | None:
+        """A parameter's per-example gradients, (B, *shape); None if no gradient arrived."""
+        collector = self.collectors.get(name)
+        return None if collector is None else collector.formed()
+
+    def squared_norms(self) -> dict[str, Tensor]:
+        """Squared norms (B,) of every parameter that a gradient arrived at."""
+        parts = {name: collector.squared_norm() for name, collector in self.collectors.items()}
+        return {name: part.clamp_min(0) for name, part in parts.items() if part is not None}
+
+    def norms(self, widen: bool = True, squares: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Per-example norms over all parameters, (B,), float64.
+
+        Args:
+            widen: do again those whose squares overflow.
+            squares: what `squared_norms` gave, if it is at hand.
+        """
+        squared = torch.zeros(self._batch, dtype=torch.float64, device=self._device)
+        for part in (self.squared_norms() if squares is None else squares).values():
+            squared += part
+        if widen and not bool(torch.isfinite(squared).all()):
+            self._widen(squared)
+        return squared.sqrt()
+
+    def _widen(self, squared: Tensor) -> None:
+        """Recompute the squared norms that are not finite from float64 gradients, in place."""
+        examples = (~torch.isfinite(squared)).nonzero().flatten()
+        again = torch.zeros_like(squared[examples])
+        for collector in self.collectors.values():
+            gradients = collector.formed()
+            if gradients is not None:
+                again += gradients[examples].double().reshape(len(examples), -1).square().sum(1)
+        squared[examples] = again
+
+    def add_weighted_sum(self, weights: Tensor, into: Mapping[str, Tensor], dropped: Tensor) -> None:
+        """Add the weighted sums; dropped examples' gradients (not finite) are replaced by zero, never multiplied."""
+        any_dropped = bool(dropped.any())
+        for name, collector in self.collectors.items():
+            if not any_dropped:
+                collector.add_weighted_sum(weights, into[name])
+                continue
+            gradients = collector.formed()
+            if gradients is not None:
+                kept = Added()
+                kept.add(gradients[~dropped])
+                kept.add_weighted_sum(weights[~dropped], into[name])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from dither.capture.examples import ExampleAxis
-from dither.clipping.gradients import Buffers
+from dither.clipping.collectors import Buffers
 
 _KEPT_LAYOUTS = 4096
 
@@ -70,6 +70,11 @@ class Memory:
         kept = {index: before.get(index) if axis is None else axis for index, axis in axes.items()}
         self.axes[hash(signature)] = kept
         return kept
+
+    def forget(self, signature: Any) -> None:
+        """Nothing is known of a signature any more: its proof failed."""
+        self.uncoupled.clear()
+        self.axes.pop(hash(signature), None)
 
     def likely(self, trace: int, batch: int, axes: Mapping[int, ExampleAxis | None]) -> dict[int, ExampleAxis]:
         """Where the examples lay in the same operations with other batch sizes; and remember these axes for that."""

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from dither.capture.coverage import check_loss, leaves_of
-from dither.clipping.backward import Gradients, LossFunction, Recording, trainable
 from dither.clipping.clipped_sum import ClippedSum, clipped_sum, free_memory, per_example_gradients
+from dither.clipping.gradients import Gradients
 from dither.clipping.plan import STRATEGIES, check_strategy
+from dither.clipping.recording import LossFunction, Recording, trainable
 from dither.clipping.report import VerificationReport, VerifiedUse
 from dither.errors import ConfigurationError, LossShapeError
 

@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointError
 
-from dither.capture.coverage import checkpoint_differs, run_backward, untouched, with_axes
+from dither.capture.coverage import checkpoint_differs, untouched
+from dither.capture.layouts import with_axes
+from dither.capture.probing import run_backward
 from dither.errors import CoverageError
 from dither.opacus.deciding import decide
 from dither.opacus.graph import Reached, reach

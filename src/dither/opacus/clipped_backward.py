@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dither.capture.coverage import Seed, check_loss, untouched
+from dither.capture.coverage import check_loss, untouched
 from dither.capture.examples import ExampleAxis
-from dither.clipping.backward import Gradients
-from dither.clipping.gradients import NotFormed
+from dither.capture.probing import Seed
+from dither.clipping.collectors import NotFormed
+from dither.clipping.gradients import Gradients
 from dither.errors import CoverageError, LossShapeError
 from dither.opacus import backward, provenance
 from dither.opacus.deciding import decide

@@ -13,8 +13,9 @@ from functools import partial
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from dither.capture.coverage import Places, Probe, Seed, decide_examples, send_back, send_back_to
 from dither.capture.examples import ExampleAxis, Layout, candidates
+from dither.capture.layouts import Places, Probe, decide_examples
+from dither.capture.probing import Seed, send_back, send_back_to
 from dither.errors import CaptureError, CoupledExamplesError, CoverageError, ExampleAxisError
 from dither.opacus.graph import Place, Reached
 from dither.opacus.recording import ModuleRecording

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dither.clipping.backward import Gradients
 from dither.clipping.clipped_sum import free_memory
+from dither.clipping.gradients import Gradients
 from dither.clipping.plan import Plan, check_strategy
 from dither.errors import CoverageError
 from dither.opacus import backward, provenance, stock

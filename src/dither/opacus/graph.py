@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from dither.capture.coverage import Replaying, Seed
 from dither.capture.examples import Layout
+from dither.capture.probing import Replaying, Seed
 
 _MARK = "dither"
 _PICKS = ("Index", "Gather", "Scatter", "Take", "Masked", "Sort", "Topk", "Put", "Repeat", "Unique")

@@ -18,8 +18,8 @@ from opacus.layers.dp_rnn import RNNLinear
 from torch import Tensor, nn
 
 from dither.capture.uses import ParamUse
-from dither.clipping.backward import Gradients
-from dither.clipping.gradients import NotFormed
+from dither.clipping.collectors import NotFormed
+from dither.clipping.gradients import Gradients
 from dither.errors import CoverageError
 from dither.opacus import backward, stock
 from dither.opacus.recording import ModuleRecording

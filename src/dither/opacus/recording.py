@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from dither.capture.examples import ExampleAxis, candidates
-from dither.capture.recorder import Recorder, alias
+from dither.capture.places import alias
+from dither.capture.recorder import Recorder
 from dither.capture.uses import OpCall, ParamUse, map_tensors
-from dither.clipping.backward import Recorded, constants_of
 from dither.clipping.memory import memory_of
+from dither.clipping.recording import Recorded, constants_of
 from dither.errors import CoupledExamplesError
 from dither.opacus.graph import mark
 from dither.rules import table

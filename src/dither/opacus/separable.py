@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge
 
-from dither.capture.coverage import Seed, separating_groups
 from dither.capture.examples import ExampleAxis
+from dither.capture.layouts import separating_groups
+from dither.capture.probing import Seed
 from dither.errors import CoupledExamplesError, CoverageError
 
 _POINTWISE = frozenset(

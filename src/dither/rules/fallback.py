@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dither.capture.examples import Layout
 from dither.capture.uses import ParamUse, map_tensors, tensors_in
 from dither.errors import UnsupportedOpError
 from dither.rules.rule import Cost, Rule
@@ -29,26 +30,46 @@ class Fallback(Rule):
 
     def per_example_gradient(self, use: ParamUse, grad_output: Tensor, out: Tensor | None = None) -> Tensor:
         """Shape (B, *parameter.shape)."""
-        output, leaf = self._replay(use)
         masked = masked_gradients(use, grad_output)
-        spoiled = _spoiled(use, output) | _spoiled(use, grad_output)
-        if not bool(spoiled.any()):
-            return _products(use, output, leaf, masked)
-        # Zero times another example's NaN is NaN: those examples' inputs are put to zero, and their gradients to NaN.
-        output, leaf = self._replay(use, spoiled)
-        mine = spoiled.view(-1, *[1] * leaf.dim())
-        return _products(use, output, leaf, masked).masked_fill(mine, float("nan"))
+        gradients = _products(use, *self._replay(use), masked)
+        wrong = ~torch.isfinite(gradients.flatten(1)).all(1)
+        if use.batch == 1 or not bool(wrong.any()):
+            return gradients
+        # Zero times another example's NaN is NaN: each is taken without the others that may be to blame.
+        suspects = self._not_finite(use, grad_output)
+        gradients = torch.where(
+            suspects.view(-1, *[1] * (gradients.dim() - 1)),
+            gradients,
+            _products(use, *self._replay(use, suspects), masked),
+        )
+        for example in suspects.nonzero().flatten():
+            others = suspects.clone()
+            others[example] = False
+            row = masked[example : example + 1]
+            gradients[example] = _products(use, *self._replay(use, others), row)[0]
+        return gradients
+
+    def _not_finite(self, use: ParamUse, grad_output: Tensor) -> Tensor:
+        """Which examples have an input or an output gradient that is not finite, (B,) bool."""
+        layout = use.examples
+        found = _spoiled(use, grad_output)
+        for position, tensor in enumerate(tensors_in((use.call.args, use.call.kwargs))):
+            if position not in use.call.fixed and _varies(tensor, layout):
+                found |= _spoiled(use, tensor)
+        return found
 
     def _replay(self, use: ParamUse, without: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Run the operation again on a new leaf in the parameter's place, some examples' inputs put to zero."""
         call, layout = use.call, use.examples
-        operand = list(tensors_in((call.args, call.kwargs)))[int(use.slot)]
+        tensors = list(tensors_in((call.args, call.kwargs)))
+        operand = tensors[int(use.slot)]
         leaf = operand.detach().clone().requires_grad_()
+        fixed = {id(tensors[position]) for position in call.fixed}
 
         def given(tensor: Tensor) -> Tensor:
             if tensor is operand:
                 return leaf
-            if without is None or tensor.dim() <= layout.axis or tensor.shape[layout.axis] != layout.size:
+            if without is None or id(tensor) in fixed or not _varies(tensor, layout):
                 return tensor
             rows = without[layout.owners(tensor.device)].view(-1, *[1] * (tensor.dim() - layout.axis - 1))
             return torch.where(rows, torch.zeros_like(tensor), tensor)
@@ -64,6 +85,12 @@ class Fallback(Rule):
     def cost(self, use: ParamUse) -> Cost:
         """Always formed."""
         return Cost(0.0, 0.0, float(use.batch * use.parameter.numel() * use.parameter.element_size()))
+
+
+def _varies(tensor: Tensor, layout: Layout) -> bool:
+    """Whether a tensor has entries for each example where the output has them."""
+    numbers = tensor.is_floating_point() or tensor.is_complex()
+    return numbers and tensor.dim() > layout.axis and tensor.shape[layout.axis] == layout.size
 
 
 def _spoiled(use: ParamUse, entries: Tensor) -> Tensor:

@@ -1,35 +1,22 @@
-"""One recorded forward, then backward passes into collectors."""
+"""One recorded forward: its tape, its examples' places, its backward passes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dither.capture.coverage import (
-    Leaves,
-    Places,
-    Probe,
-    Replaying,
-    Seed,
-    check_loss,
-    decide_examples,
-    leaves_of,
-    nodes_of,
-    nothing_escapes,
-    run_backward,
-    send_back,
-    with_axes,
-)
+from dither.capture.coverage import Leaves, check_loss, nodes_of, nothing_escapes
 from dither.capture.examples import ExampleAxis, Layout, Ragged
+from dither.capture.layouts import Places, Probe, decide_examples, with_axes
+from dither.capture.probing import Replaying, Seed, run_backward, send_back
 from dither.capture.recorder import CALL, Recorder
 from dither.capture.uses import ParamUse, Tape
-from dither.clipping.gradients import Added, Buffers, Collector, Held, NotFormed, pull_back
+from dither.clipping.collectors import Buffers
 from dither.clipping.memory import memory_of, relative_to
-from dither.clipping.plan import Plan, PlannedUse, choose
-from dither.errors import BufferUpdateError, ConfigurationError, CoverageError, UnsupportedOpError
+from dither.errors import BufferUpdateError, CaptureError, ConfigurationError, CoverageError, UnsupportedOpError
 from dither.rules import table
 
 LossFunction = Callable[[], Tensor]
@@ -55,7 +42,7 @@ def _check_mode() -> None:
         raise CoverageError(
             "Gradients are asked for inside torch.inference_mode.", fix="leave it, or use torch.no_grad around the rest"
         )
-    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
         raise CoverageError(
             "A CUDA graph is being captured: its replays would skip the proofs, and clip with this batch's factors.",
             fix="call it outside of the capture; capture parts of the model without parameters",
@@ -152,7 +139,11 @@ class Recorded:
         functions = hash(tuple(function for function, *_ in self._trace))
         kept = self._memory.recall(self._signature(context), (functions, role))
         anew = kept is None
-        axes = self.decide_anew(probe, known, context) if kept is None else {**kept}
+        try:
+            axes = self.decide_anew(probe, known, context) if kept is None else {**kept}
+        except CaptureError:
+            self._memory.forget(self._signature(context))
+            raise
         self.undecided = any(axis is None for axis in axes.values())
         with_axes(self.tape, axes)
         return anew
@@ -189,7 +180,7 @@ class Recorded:
             return None
         calls = tuple(call.output_shape for call in self.tape.calls)
         uses = tuple((use.call.index, use.slot, use.name) for use in self.tape.uses)
-        return (self.batch, self._trace, calls, uses, context)
+        return (self.batch, self._trace, calls, uses, tuple(self.tape.followed.items()), context)
 
 
 class Recording(Recorded):
@@ -280,114 +271,3 @@ class Recording(Recorded):
             for use in self.tape.uses:
                 if use.call.index == call:
                     receive(use, gradient)
-
-
-class Gradients:
-    """Per-example gradients of a recording by parameter, under a plan.
-
-    Args:
-        recordings: the recorded forwards, of the same examples.
-        strategy: one of dither.clipping.plan.STRATEGIES.
-        memory_budget: bytes that held gradients may take; None for no bound.
-    """
-
-    def __init__(self, recordings: Sequence[Recorded], strategy: str, memory_budget: float | None) -> None:
-        self._batch, self._device = recordings[0].batch, recordings[0].device
-        self._parameters = {name: p for recording in recordings for name, p in recording.parameters.items()}
-        self._names = {id(p): name for name, p in self._parameters.items()}
-        uses = [use for recording in recordings for use in recording.tape.uses]
-        self.collectors: dict[str, Collector] = {}
-        self._leaves: dict[int, list[str]] = {}
-        planned = []
-        left = float("inf") if memory_budget is None else float(memory_budget)
-        counts: dict[str, int] = {}
-        for use in uses:
-            for name in self._leaves_of(use):
-                counts[name] = counts.get(name, 0) + 1
-        for use in uses:
-            direct = id(use.parameter) in self._names
-            chosen = "form"
-            if direct and counts[use.name] == 1 and use.axis is not None:
-                chosen = choose(use, strategy, left)
-                self.collectors[use.name] = Held(recordings[0].buffers) if chosen == "hold" else NotFormed(chosen)
-            for name in self._leaves_of(use):
-                self.collectors.setdefault(name, Added())
-            held = 0 if use.axis is None or chosen in ("ghost", "tile") else int(use.rule.cost(use).held_bytes)
-            left -= held
-            planned.append(PlannedUse(use.name, use.call.name, chosen, held))
-        self.plan = Plan(tuple(planned))
-
-    def _leaves_of(self, use: ParamUse) -> list[str]:
-        """Names of the parameters behind a use."""
-        found = self._leaves.get(id(use.parameter))
-        if found is None:
-            own = self._names.get(id(use.parameter))
-            reached = {id(leaf) for leaf in leaves_of(use.parameter)} if own is None else set()
-            found = [own] if own is not None else [n for i, n in self._names.items() if i in reached]
-            self._leaves[id(use.parameter)] = found
-        return found
-
-    def receive(self, use: ParamUse, grad_output: Tensor) -> None:
-        """Hand an output gradient to the collectors of the parameters behind the use."""
-        if id(use.parameter) in self._names:
-            self.collectors[use.name].receive(use, grad_output)
-            return
-        names = self._leaves_of(use)
-        gradients = use.rule.per_example_gradient(use, grad_output)
-        with torch.enable_grad():
-            pulled = pull_back(use.parameter, gradients, [self._parameters[n] for n in names])
-        for name, gradient in zip(names, pulled, strict=True):
-            collector = self.collectors[name]
-            if gradient is not None and isinstance(collector, Added):
-                collector.add(gradient)
-
-    def is_formed(self, use: ParamUse) -> bool:
-        """Whether a use's gradients are formed as they arrive, so that its inputs are not needed afterwards."""
-        return not isinstance(self.collectors.get(use.name), NotFormed)
-
-    def formed(self, name: str) -> Tensor | None:
-        """A parameter's per-example gradients, (B, *shape); None if no gradient arrived."""
-        collector = self.collectors.get(name)
-        return None if collector is None else collector.formed()
-
-    def squared_norms(self) -> dict[str, Tensor]:
-        """Squared norms (B,) of every parameter that a gradient arrived at."""
-        parts = {name: collector.squared_norm() for name, collector in self.collectors.items()}
-        return {name: part.clamp_min(0) for name, part in parts.items() if part is not None}
-
-    def norms(self, widen: bool = True, squares: Mapping[str, Tensor] | None = None) -> Tensor:
-        """Per-example norms over all parameters, (B,), float64.
-
-        Args:
-            widen: do again those whose squares overflow.
-            squares: what `squared_norms` gave, if it is at hand.
-        """
-        squared = torch.zeros(self._batch, dtype=torch.float64, device=self._device)
-        for part in (self.squared_norms() if squares is None else squares).values():
-            squared += part
-        if widen and not bool(torch.isfinite(squared).all()):
-            self._widen(squared)
-        return squared.sqrt()
-
-    def _widen(self, squared: Tensor) -> None:
-        """Recompute the squared norms that are not finite from float64 gradients, in place."""
-        examples = (~torch.isfinite(squared)).nonzero().flatten()
-        again = torch.zeros_like(squared[examples])
-        for collector in self.collectors.values():
-            gradients = collector.formed()
-            if gradients is not None:
-                again += gradients[examples].double().reshape(len(examples), -1).square().sum(1)
-        squared[examples] = again
-
-    def add_weighted_sum(self, weights: Tensor, into: Mapping[str, Tensor], dropped: Tensor) -> None:
-        """Add the weighted sums; dropped examples' gradients (not finite) are replaced by zero, never multiplied."""
-        any_dropped = bool(dropped.any())
-        for name, collector in self.collectors.items():
-            if not any_dropped:
-                collector.add_weighted_sum(weights, into[name])
-                continue
-            gradients = collector.formed()
-            if gradients is not None:
-                kept = Added()
-                kept.add(gradients[~dropped])
-                kept.add_weighted_sum(weights[~dropped], into[name])

@@ -1,0 +1,177 @@
+"""What is kept of each parameter's per-example gradients between the backward pass and the weighted sum.
+
+A collector serves one parameter. It receives the output gradient of each of the parameter's uses as backward runs,
+gives squared norms, and adds the weighted sum. Legend: B examples, P the parameter's elements.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from dither.capture.uses import ParamUse
+from dither.rules.rule import add_weighted, squared_rows
+
+
+class Collector(Protocol):
+    """One parameter's per-example gradients, formed or not."""
+
+    strategy: str
+
+    def receive(self, use: ParamUse, grad_output: Tensor) -> None:
+        """Take the output gradient of a use."""
+        ...
+
+    def squared_norm(self) -> Tensor | None:
+        """Squared norms (B,); None if no gradient arrived."""
+        ...
+
+    def formed(self) -> Tensor | None:
+        """Per-example gradients (B, *shape), formed now if they were not; None if no gradient arrived."""
+        ...
+
+    def add_weighted_sum(self, weights: Tensor, into: Tensor) -> None:
+        """Add sum_i weights[i] * gradient i to `into`."""
+        ...
+
+
+class Buffers:
+    """Memory for held gradients, kept between steps: on a CPU fresh pages cost more than the arithmetic."""
+
+    def __init__(self) -> None:
+        self._kept: dict[object, Tensor] = {}
+
+    def take(self, key: object, batch: int, parameter: Tensor) -> Tensor:
+        """An uninitialised (B, *parameter.shape) tensor; the same memory for the same key if it is large enough."""
+        needed = batch * parameter.numel()
+        kept = self._kept.get(key)
+        fits = kept is not None and kept.numel() >= needed and kept.dtype == parameter.dtype
+        if kept is None or not fits or kept.device != parameter.device or _in_use(kept):
+            kept = self._kept[key] = parameter.new_empty(needed, requires_grad=False)
+        return kept[:needed].view(batch, *parameter.shape)
+
+
+def _in_use(kept: Tensor) -> bool:
+    """Whether somebody else (the user's `grad_sample`) still refers to the memory."""
+    count = getattr(torch._C, "_storage_Use_Count", None)
+    # The tensor and the storage object made here refer to it.
+    return count is None or count(kept.untyped_storage()._cdata) > 2
+
+
+class Held:
+    """Forms and keeps the gradients of a parameter that is used once."""
+
+    strategy = "hold"
+
+    def __init__(self, buffers: Buffers) -> None:
+        self._buffers = buffers
+        self._gradients: Tensor | None = None
+
+    def receive(self, use: ParamUse, grad_output: Tensor) -> None:
+        """Form the gradients, in memory kept from the last step for large parameters."""
+        out = None
+        if not use.rule.holds_cheaply:
+            out = self._buffers.take((use.name, use.slot), use.batch, use.parameter.detach())
+        self._gradients = use.rule.per_example_gradient(use, grad_output, out)
+
+    def squared_norm(self) -> Tensor | None:
+        """Of what is held."""
+        return None if self._gradients is None else squared_rows(self._gradients)
+
+    def formed(self) -> Tensor | None:
+        """What is held."""
+        return self._gradients
+
+    def add_weighted_sum(self, weights: Tensor, into: Tensor) -> None:
+        """A weighted sum over the first axis."""
+        if self._gradients is not None:
+            add_weighted(self._gradients, weights, into)
+
+
+class NotFormed:
+    """Keeps input and output gradient of a parameter that is used once; strategy ghost or tile."""
+
+    def __init__(self, strategy: str) -> None:
+        self.strategy = strategy
+        self._kept: tuple[ParamUse, Tensor] | None = None
+        self._squared: Tensor | None = None
+
+    def receive(self, use: ParamUse, grad_output: Tensor) -> None:
+        """Compute the norm at once, while the tensors are in cache."""
+        self._kept = (use, grad_output)
+        norm = use.rule.squared_norm if self.strategy == "ghost" else use.rule.tile_squared_norm
+        self._squared = norm(use, grad_output)
+
+    def forget(self) -> None:
+        """Drop the tensors, keep the norm (for two passes)."""
+        self._kept = None
+
+    def squared_norm(self) -> Tensor | None:
+        """As computed on arrival."""
+        return self._squared
+
+    def formed(self) -> Tensor | None:
+        """Formed now, for the rare examples that need it."""
+        if self._kept is None:
+            return None
+        use, grad_output = self._kept
+        return use.rule.per_example_gradient(use, grad_output)  # type: ignore[no-any-return]
+
+    def add_weighted_sum(self, weights: Tensor, into: Tensor) -> None:
+        """One weighted product over all rows."""
+        if self._kept is not None:
+            use, grad_output = self._kept
+            use.call.check_unchanged()
+            use.rule.add_weighted_sum(use, grad_output, weights, into)
+
+
+class Added:
+    """Forms the gradients of every use and adds them per example: several uses, or tensors computed from the parameter.
+
+    `pulled` gives, for a use of a computed tensor, its gradients pulled back to the parameter.
+    """
+
+    strategy = "form"
+
+    def __init__(self) -> None:
+        self._gradients: Tensor | None = None
+
+    def receive(self, use: ParamUse, grad_output: Tensor) -> None:
+        """Form and add."""
+        self.add(use.rule.per_example_gradient(use, grad_output))
+
+    def add(self, gradients: Tensor) -> None:
+        """Add per-example gradients (B, *shape)."""
+        self._gradients = gradients if self._gradients is None else self._gradients + gradients
+
+    def squared_norm(self) -> Tensor | None:
+        """Of the sum of all uses."""
+        return None if self._gradients is None else squared_rows(self._gradients)
+
+    def formed(self) -> Tensor | None:
+        """The sum of all uses."""
+        return self._gradients
+
+    def add_weighted_sum(self, weights: Tensor, into: Tensor) -> None:
+        """A weighted sum over the first axis."""
+        if self._gradients is not None:
+            add_weighted(self._gradients, weights, into)
+
+
+def pull_back(computed: Tensor, gradients: Tensor, leaves: list[Tensor]) -> list[Tensor | None]:
+    """Per-example gradients of a tensor computed from parameters, as gradients of the parameters.
+
+    Args:
+        computed: the tensor, with its graph.
+        gradients: (B, *computed.shape).
+        leaves: the parameters.
+
+    Returns:
+        For each parameter (B, *shape), or None if it had no part.
+    """
+    pulled = torch.autograd.grad(
+        computed, leaves, gradients.to(computed.dtype), is_grads_batched=True, retain_graph=True, allow_unused=True
+    )
+    return list(pulled)

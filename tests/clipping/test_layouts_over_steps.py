@@ -1,0 +1,126 @@
+"""What changes from one step to the next under layouts that are kept: rows, masks, neighbours, gates, old outputs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import dither
+import oracle
+from clipping.test_exactness import STRATEGIES, loss_of
+from dither import errors
+
+pytestmark = pytest.mark.usefixtures("double_precision")
+each_strategy = pytest.mark.parametrize("strategy", STRATEGIES)
+B = 4
+STRAIGHT, CROSSED, REVERSED = torch.tensor([[0, 1, 2, 3], [0, 2, 1, 3], [3, 2, 1, 0]])
+
+
+def two_layers():
+    return nn.ModuleList([nn.Linear(5, 5), nn.Linear(5, 5)])
+
+
+def _index_assignment(h, order):
+    restored = torch.zeros(h.shape)
+    restored[order] = h
+    return restored
+
+
+def _python_list(h, order):
+    rows = h.unbind(0)
+    return torch.stack([rows[i] for i in order.argsort().tolist()])
+
+
+def _sparse_product(h, order):
+    matrix = torch.sparse_coo_tensor(torch.stack([order, STRAIGHT]), torch.ones(B), (B, B))
+    return torch.sparse.mm(matrix, h)
+
+
+RESTORE = {
+    "out[order] = h": _index_assignment,
+    "rows of a Python list": _python_list,
+    "F.embedding(order, h)": lambda h, order: F.embedding(order.argsort(), h),
+    "sparse product": _sparse_product,
+    "h[numpy array]": lambda h, order: h[order.numpy().argsort()],
+    "scatter_reduce": lambda h, order: torch.zeros(B, 5).scatter_reduce(0, order.view(B, 1).expand(B, 5), h, "sum"),
+    "index_reduce": lambda h, order: torch.ones(B, 5).index_reduce(0, order, h, "amax", include_self=False),
+    "put": lambda h, order: torch.zeros(B, 5).put(order.view(B, 1) * 5 + torch.arange(5), h),
+    "dict": lambda h, order: torch.stack([row for _, row in sorted(zip(order.tolist(), h.unbind(0), strict=True))]),
+}
+
+
+@each_strategy
+@pytest.mark.parametrize("how", RESTORE)
+def test_rows_in_another_order_on_a_later_step_are_refused(how, strategy):
+    model, x, scale = two_layers(), torch.randn(B, 5), torch.arange(1.0, B + 1).unsqueeze(1)
+
+    def loss_fn(order):
+        return loss_of(model[1](RESTORE[how](model[0](x[order]), order).tanh()) * scale)
+
+    truth = oracle.clipped_sum(oracle.per_example_gradients(model, lambda: loss_fn(STRAIGHT)), 0.5)
+    for _ in range(2):
+        result = dither.clipped_sum(model, lambda: loss_fn(STRAIGHT), max_grad_norm=0.5, strategy=strategy)
+        assert oracle.relative_error(result.gradients, truth) <= 1e-10
+    with pytest.raises(errors.CoupledExamplesError, match="another order"):
+        dither.clipped_sum(model, lambda: loss_fn(REVERSED), max_grad_norm=0.5, strategy=strategy)
+
+
+@each_strategy
+def test_time_first_rows_whose_mask_opens_on_a_later_step(strategy):
+    model, x = two_layers(), torch.randn(2, 2, 5)  # as many steps as examples
+    for mask in (torch.eye(2).bool(), torch.eye(2).bool(), torch.ones(2, 2).bool()):
+
+        def loss_fn(mask=mask):
+            losses = model[1](model[0](x.transpose(0, 1)).tanh()).square().sum(-1)
+            return losses.masked_fill(~mask, 0).sum(0)
+
+        truth = oracle.clipped_sum(oracle.per_example_gradients(model, loss_fn), 0.5)
+        result = dither.clipped_sum(model, loss_fn, max_grad_norm=0.5, strategy=strategy)
+        assert oracle.relative_error(result.gradients, truth) <= 1e-10
+
+
+def test_neighbours_that_are_other_examples_on_a_later_step():
+    model, x, scale = two_layers(), torch.randn(B, 5), torch.arange(1.0, B + 1).unsqueeze(1)
+
+    def loss_fn(neighbour):
+        h = model[0](x).tanh()
+        return loss_of(model[1](h + h[neighbour]) * scale)
+
+    for _ in range(2):
+        dither.clipped_sum(model, lambda: loss_fn(STRAIGHT))
+    with pytest.raises(errors.CoupledExamplesError):
+        dither.clipped_sum(model, lambda: loss_fn(CROSSED))
+
+
+def test_coupling_behind_a_gate_that_opens_on_a_later_step():
+    model, x = two_layers(), torch.randn(B, 5)
+    closed, opened = torch.tensor(-9.0), torch.tensor(9.0)
+    for gate in (closed, closed):
+        dither.clipped_sum(model, lambda g=gate: loss_of(model[1](_gated(model[0](x).tanh(), g))))
+    with pytest.raises(errors.CoupledExamplesError):
+        dither.clipped_sum(model, lambda: loss_of(model[1](_gated(model[0](x).tanh(), opened))))
+
+
+def _gated(h, gate):
+    return h + (h.flip(0) + gate).relu()
+
+
+@each_strategy
+def test_an_output_of_an_earlier_sum_is_refused(strategy):
+    class Remembers(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.shift, self.inner, self.before = nn.Parameter(torch.randn(5)), nn.Linear(5, 3), None
+
+        def forward(self, x):
+            h = x + self.shift
+            out = self.inner(h if self.before is None else h + self.before)
+            self.before = h
+            return out
+
+    model, x = Remembers(), torch.randn(B, 5)
+    dither.clipped_sum(model, lambda: loss_of(model(x)), strategy=strategy)
+    with pytest.raises(errors.CoverageError, match="earlier recording"):
+        dither.clipped_sum(model, lambda: loss_of(model(2 * x)), strategy=strategy)
