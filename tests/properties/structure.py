@@ -94,8 +94,9 @@ def unsqueeze(o: Program, v: Value) -> Value:
 
 @operation(anywhere=True, into=STRUCTURE)
 def dropout(o: Program, v: Value) -> Value:
-    module = o.module("nn.Dropout(0.4)")
-    return o.value(o.mode(f"F.dropout({v}, 0.4, self.training)", f"{module}({v})"), v.shape, v.layout)
+    # A mask is drawn in the order of memory, in which an attention kernel may leave its output otherwise than another.
+    module, rows = o.module("nn.Dropout(0.4)"), f"{v}.contiguous()"
+    return o.value(o.mode(f"F.dropout({rows}, 0.4, self.training)", f"{module}({rows})"), v.shape, v.layout)
 
 
 @operation(ranks=(2, 3), into=STRUCTURE)

@@ -219,9 +219,8 @@ class Tape:
         if self.sink is None:
             return
         if held is not None:
-            tensors = (
-                held()
-            )  # a checkpoint recomputes here, and the recorder must see it; not asked for, they would stay
+            # A checkpoint recomputes here, and the recorder must see it; what is not asked for would stay in memory.
+            tensors = held()
             if self.restores:
                 self.calls[call].restore(tensors)
             del tensors
