@@ -66,16 +66,13 @@ class Leaves:
     adopted: frozenset[str]
 
     @staticmethod
-    def behind(
-        losses: Tensor, parameters: Mapping[str, Tensor], custom: CustomNodes, targets: Mapping[Any, Any]
-    ) -> Leaves:
+    def behind(losses: Tensor, parameters: Mapping[str, Tensor], custom: CustomNodes) -> Leaves:
         """Find them, and put the uses of custom autograd functions on the tape.
 
         Args:
             losses: (B,).
             parameters: by name.
             custom: adopts nodes.
-            targets: by graph node, parameters and tensors computed from them.
 
         Raises:
             CoverageError: a parameter is reached by autograd around the recorder.
@@ -84,7 +81,7 @@ class Leaves:
         adopted: set[Any] = set()
 
         def accounted(node: Any) -> set[int]:
-            edges = custom.adopt(node, targets)
+            edges = custom.adopt(node)
             adopted.update(node.next_functions[edge][0] for edge in edges)
             return edges
 
@@ -97,8 +94,8 @@ class Leaves:
                 if hasattr(leaf, "of_a_recording") and leaf is not custom.anchor:
                     raise _stale()
                 others.append(leaf)
-        behind = {id(leaf) for node in adopted for leaf in leaves_of(targets[node][0])}
-        behind |= {id(targets[node][0]) for node in adopted}
+        given = [custom.targets[node][0] for node in adopted]
+        behind = {id(leaf) for tensor in given for leaf in leaves_of(tensor)} | {id(tensor) for tensor in given}
         return Leaves(tuple(others), frozenset(name for i, name in names.items() if i in behind))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,6 +16,9 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
 from dither.capture.uses import Hidden, OpCall, ParamUse, Tape
+
+OWN = "_AnchorBackward"
+"""Name of the graph nodes that dither itself puts behind fresh outputs."""
 
 
 class CustomNodes:
@@ -25,25 +29,37 @@ class CustomNodes:
         rule: the rule of such a use.
         since: sequence number of the first node of this recording; older ones are stale.
         anchor: the leaf behind everything that this recording records.
+        targets: finds, by node (a parameter's or a computed tensor's), the tensor and its name.
     """
 
-    def __init__(self, tape: Tape, rule: Any, since: int, anchor: Tensor) -> None:
+    def __init__(
+        self,
+        tape: Tape,
+        rule: Any,
+        since: int,
+        anchor: Tensor,
+        targets: Callable[[], Mapping[Any, tuple[Tensor, str]]],
+    ) -> None:
         self.anchor = anchor
+        self._find_targets = targets
         self._tape, self._rule, self._since = tape, rule, since
         self._adopted: set[Any] = set()
 
-    def adopt(self, node: Any, targets: Mapping[Any, tuple[Tensor, str]]) -> set[int]:
-        """Put a node's uses on the tape, if it is a custom function's.
+    @cached_property
+    def targets(self) -> Mapping[Any, tuple[Tensor, str]]:
+        """By graph node, parameters and tensors computed from them, with their names."""
+        return self._find_targets()
 
-        Args:
-            node: a node of the graph.
-            targets: by node (a parameter's or a computed tensor's), the tensor and its name.
+    def adopt(self, node: Any) -> set[int]:
+        """Put a node's uses on the tape, if it is a custom function's.
 
         Returns:
             Positions of the edges that are now accounted for.
         """
-        edges = [i for i, (parent, _) in enumerate(node.next_functions) if parent in targets]
-        if not edges or not _is_custom(node) or node._sequence_nr() < self._since:
+        if not _is_custom(node) or node._sequence_nr() < self._since:
+            return set()
+        edges = [i for i, (parent, _) in enumerate(node.next_functions) if parent in self.targets]
+        if not edges:
             return set()
         calls = []
         for output, metadata in enumerate(node._input_metadata):
@@ -61,14 +77,17 @@ class CustomNodes:
             self._tape.calls.append(call)
             calls.append(call.index)
             for edge in edges:
-                tensor, name = targets[node.next_functions[edge][0]]
+                tensor, name = self.targets[node.next_functions[edge][0]]
                 self._tape.uses.append(ParamUse(call, edge, tensor, name, self._rule))
         _listen(node, calls, self._tape.deliver)
         return set(edges)
 
 
 def _is_custom(node: Any) -> bool:
-    return isinstance(node, BackwardCFunction) or "CppNode" in node.name()
+    name: str = node.name()
+    if isinstance(node, BackwardCFunction):
+        return name != OWN
+    return "CppNode" in name
 
 
 def _listen(node: Any, calls: Iterable[int], deliver: Callable[[int, Any, Tensor], None]) -> None:

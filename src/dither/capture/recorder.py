@@ -169,9 +169,9 @@ class Recorder(TorchFunctionMode):
 
     def custom_nodes(self) -> CustomNodes:
         """What adopts the custom autograd functions of this recording."""
-        return CustomNodes(self.tape, self._rules.custom, self._began, self.anchor)
+        return CustomNodes(self.tape, self._rules.custom, self._began, self.anchor, self._parameters_in_graph)
 
-    def parameters_in_graph(self) -> dict[Any, tuple[Tensor, str]]:
+    def _parameters_in_graph(self) -> dict[Any, tuple[Tensor, str]]:
         """By graph node: every parameter, and every tensor computed from parameters alone, with its name."""
         found = {}
         for kind, tensor in self._kinds.values():

@@ -63,7 +63,11 @@ def _check_buffers(before: Mapping[str, Tensor], model: nn.Module, recorder: Rec
 def constants_of(model: nn.Module) -> Iterator[Tensor]:
     """What the examples must not change: buffers and frozen parameters."""
     yield from model.buffers()
-    yield from (p for p in model.parameters() if not p.requires_grad)
+    yield from _frozen(model)
+
+
+def _frozen(model: nn.Module) -> Iterator[Tensor]:
+    return (p for p in model.parameters() if not p.requires_grad)
 
 
 class Recorded:
@@ -193,15 +197,19 @@ class Recording(Recorded):
 
     def __init__(self, model: nn.Module, loss_fn: LossFunction, randomness: str = "different") -> None:
         _check_mode()
-        parameters = trainable(model)
+        parameters, before = trainable(model), dict(model.named_buffers())
         recorder = Recorder(
-            parameters, constants_of(model), table, randomness=randomness, constants=memory_of(model).constants()
+            parameters,
+            [*before.values(), *_frozen(model)],
+            table,
+            randomness=randomness,
+            constants=memory_of(model).constants(),
         )
-        before = dict(model.named_buffers())
         with recorder, torch.enable_grad():
             losses = loss_fn()
         recorder.check_state()
-        _check_buffers(before, model, recorder)
+        if before:
+            _check_buffers(before, model, recorder)
         super().__init__(model, parameters)
         self.losses = check_loss(losses)
         self.batch = int(self.losses.shape[0])
@@ -213,9 +221,7 @@ class Recording(Recorded):
             )
         self._leaves = Leaves((), frozenset())
         if self.batch:
-            self._leaves = Leaves.behind(
-                self.losses, self.parameters, recorder.custom_nodes(), recorder.parameters_in_graph()
-            )
+            self._leaves = Leaves.behind(self.losses, self.parameters, recorder.custom_nodes())
         self.take(recorder)
         self._known: dict[int, ExampleAxis] = {}
         if self.batch:
