@@ -16,6 +16,7 @@ from limits_measure import DITHER, EXACT, MODES, C, clipped_sum
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import dither
 from dither.errors import DitherError
 from oracle import per_example_gradients, relative_error
 
@@ -262,3 +263,6 @@ def test_wrapped_inside_wrapped(mode: str) -> None:
     outer._module.append(inner.wrapped)
     with pytest.raises(DitherError):
         squares(outer(batch())).mean().backward()
+    # And nothing is left behind: recordings go on as before.
+    model = network()
+    assert dither.per_example_norms(model, lambda: squares(model(batch()))).shape == (4,)

@@ -92,6 +92,7 @@ class Recorder(TorchFunctionMode):
         self.reorders_by_data = False
         self._replays = False
         self._began = 0
+        self._entered = False
 
     def __enter__(self) -> Recorder:
         """Start recording; one recorder at a time in a thread."""
@@ -101,13 +102,19 @@ class Recorder(TorchFunctionMode):
         first = self.anchor.clone().grad_fn
         self._began = first._sequence_nr() if first is not None else 0
         super().__enter__()
+        self._entered = True
         return self
 
     def __exit__(self, *exc_info: Any) -> None:
-        """Stop recording."""
-        super().__exit__(*exc_info)
-        self._compiled.__exit__(*exc_info)
-        watching.end()
+        """Stop recording; nothing happens if it was not started."""
+        if not self._entered:
+            return
+        self._entered = False
+        try:
+            super().__exit__(*exc_info)
+        finally:
+            self._compiled.__exit__(*exc_info)
+            watching.end()
 
     @contextmanager
     def replaying(self) -> Iterator[None]:
