@@ -144,3 +144,21 @@ def test_a_cached_index_stays_a_constant():
     for _ in range(3):
         dither.clipped_sum(model, lambda: model(x).square().flatten(1).sum(1))
     assert_exact(model, lambda: model(x).square().flatten(1).sum(1))
+
+
+def test_declarations_inside_the_loss():
+    model, x, table = Conditioned(), torch.randn(B, 6, 3), torch.randn(1, 5)
+
+    def loss_fn():
+        model.condition = dither.constant(table.clone())
+        return model(dither.batched(x)).square().flatten(1).sum(1)
+
+    assert_exact(model, loss_fn)
+
+    def mixing():
+        rows = dither.batched(x)
+        model.condition = dither.constant(table.clone())
+        return model(rows - rows.mean(0)).square().flatten(1).sum(1)
+
+    with pytest.raises(errors.CoupledExamplesError):
+        dither.clipped_sum(model, mixing)

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from dither.capture import watching
 from dither.capture.examples import ExampleAxis
 from dither.capture.uses import map_tensors
 from dither.errors import ConfigurationError, ExampleAxisError
@@ -86,6 +87,9 @@ def constant(tensor: Tensor) -> Tensor:
 def _declare(tensor: Tensor, declared: Declared) -> Tensor:
     other = tensor.view_as(tensor)
     _declared[other] = declared
+    watcher = watching.current()
+    if watcher is not None:
+        watcher.declare(other, declared)
     return other
 
 

@@ -81,8 +81,8 @@ class Recorder(TorchFunctionMode):
         self._kinds |= {id(p): (_PARAMETER, p) for p in parameters.values()}
         self.declared: dict[int, tuple[Tensor, Declared]] = {}
         for tensor, declared in declarations():
-            self._kinds.setdefault(id(tensor), (_CONSTANT if declared.axis is None else _BATCHED, tensor))
-            self.declared[id(tensor)] = (tensor, declared)
+            if id(tensor) not in self._kinds:
+                self.declare(tensor, declared)
         self._followed: dict[int, Tensor] = {}
         self.layouts: dict[int, tuple[Tensor, Declared]] = {}
         self.anchor = torch.zeros((), requires_grad=True)
@@ -284,6 +284,11 @@ class Recorder(TorchFunctionMode):
                 if tensor.requires_grad and id(tensor) not in self._names:
                     self._kinds[id(tensor)] = (_DERIVED, tensor)
         return output
+
+    def declare(self, tensor: Tensor, declared: Declared) -> None:
+        """Take note of what is said of a tensor: before the recording, or while it runs."""
+        self._kinds[id(tensor)] = (_CONSTANT if declared.axis is None else _BATCHED, tensor)
+        self.declared[id(tensor)] = (tensor, declared)
 
     def applied(self, arguments: Any, output: Any) -> None:
         """A custom autograd function of parameters and constants alone gives such a tensor too."""

@@ -27,6 +27,9 @@ class Watcher(Protocol):
     def applied(self, arguments: Any, output: Any) -> None:
         """Take note of what a custom autograd function returned."""
 
+    def declare(self, tensor: Tensor, declared: Any) -> None:
+        """Take note of what is said of a tensor."""
+
 
 _local = threading.local()
 _lock = threading.Lock()
@@ -62,6 +65,12 @@ def end() -> None:
         _watchers -= 1
         if _watchers == 0:
             setattr(Function, "apply", _original)  # noqa: B010
+
+
+def current() -> Watcher | None:
+    """This thread's recorder, while it records."""
+    watcher: Watcher | None = getattr(_local, "watcher", None)
+    return watcher
 
 
 def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
