@@ -37,6 +37,11 @@ class ExampleAxis:
         """Length of the axis: outer * batch * inner."""
         return self.outer * self.batch * self.inner
 
+    @property
+    def one_each(self) -> bool:
+        """Whether every example has one entry of the axis, in order."""
+        return self.outer == self.inner == 1
+
     def split(self, tensor: Tensor) -> Tensor:
         """Bring the examples to the front.
 
@@ -82,6 +87,7 @@ class Ragged:
     owner: Tensor
 
     outer = 1
+    one_each = False
 
     @property
     def inner(self) -> int:

@@ -222,7 +222,7 @@ def separating_groups(batch: int, thorough: bool = True) -> tuple[list[list[int]
 
 def with_axes(tape: Tape, axes: Mapping[int, Layout | None]) -> None:
     """Write the decided layouts into the tape's uses."""
-    tape.uses = [replace(use, axis=axes.get(use.call.index)) for use in tape.uses]
+    tape.uses = [use.placed(axes.get(use.call.index)) for use in tape.uses]
 
 
 def _simplest(layouts: set[ExampleAxis]) -> ExampleAxis:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from types import FunctionType
 from typing import Any
 
@@ -14,8 +15,7 @@ from torch.nn.parameter import UninitializedParameter
 from dither.capture.uses import tensors_in
 from dither.errors import CoupledExamplesError, UnsupportedOpError
 
-RANDOM = ("rand", "normal", "bernoulli", "multinomial", "poisson", "dropout", "uniform", "exponential", "geometric")
-"""Parts of names of operations that draw random numbers: what they return is never a constant."""
+_RANDOM = ("rand", "normal", "bernoulli", "multinomial", "poisson", "dropout", "uniform", "exponential", "geometric")
 
 _REORDERING = {
     "__getitem__",
@@ -62,16 +62,27 @@ def name_of(function: Any) -> str:
     return str(getattr(function, "__name__", ""))
 
 
-def reordered(function: Any, args: Any) -> tuple[Tensor, ...]:
+@lru_cache(maxsize=4096)
+def draws(name: str) -> bool:
+    """Whether a function of this name draws random numbers: what it returns is never a constant."""
+    return any(word in name for word in _RANDOM)
+
+
+@lru_cache(maxsize=4096)
+def _reorders(name: str) -> bool:
+    return (name if name.startswith("__") else name.removesuffix("_")) in _REORDERING
+
+
+def reordered(function: Any, args: Any) -> Sequence[Tensor]:
     """The tensors whose rows the function may pick by what a tensor, a list or an array holds; none for most."""
     name = name_of(function)
-    if (name if name.startswith("__") else name.removesuffix("_")) not in _REORDERING or not args:
+    if not _reorders(name) or not args:
         return ()
     if name == "embedding":
         return args[1:2] if len(args) > 1 and isinstance(args[1], Tensor) else ()
     if name == "__getitem__" and not any(_chooses(part) for part in _parts(args[1])):
         return ()
-    return tuple(tensors_in(args))
+    return tensors_in(args)
 
 
 def _parts(index: Any) -> tuple[Any, ...]:
@@ -89,6 +100,7 @@ def _place_of(tensor: Tensor) -> Any:
     return tensor.storage_offset(), tensor.shape
 
 
+@lru_cache(maxsize=4096)
 def is_in_place(name: str) -> bool:
     """Whether a function of this name changes its first argument."""
     dunder = name.startswith("__")
@@ -101,6 +113,8 @@ def is_in_place(name: str) -> bool:
 
 def options_of(tree: Any) -> Any:
     """The arguments that are not tensors, hashable."""
+    if type(tree) in _PLAIN:
+        return tree
     if isinstance(tree, Tensor):
         return None
     if isinstance(tree, (list, tuple)):
@@ -111,7 +125,11 @@ def options_of(tree: Any) -> Any:
         return tuple((key, options_of(item)) for key, item in tree.items())
     if isinstance(tree, slice):
         return ("slice", options_of((tree.start, tree.stop, tree.step)))
-    return tree if isinstance(tree, (int, float, str, bool, torch.dtype)) else type(tree)
+    return tree if isinstance(tree, _OPTIONS) else type(tree)
+
+
+_OPTIONS = (int, float, str, bool, torch.dtype)
+_PLAIN = frozenset(_OPTIONS)
 
 
 def opened(function: Any) -> Callable[..., Any] | None:

@@ -199,7 +199,7 @@ class Recorder(TorchFunctionMode):
         watched: list[Tensor] = []
         batch_free = True
         follows = False
-        for tensor in tensors_in((args, kwargs)):
+        for tensor in tensors_in(args, kwargs):
             kind = kinds.get(id(tensor))
             if kind is None:
                 batch_free = False
@@ -267,7 +267,7 @@ class Recorder(TorchFunctionMode):
         if target is not None and not batch_free:
             self._forget_constant(target, name)
         output = func(*args, **kwargs)
-        if batch_free and not any(word in name for word in operations.RANDOM):
+        if batch_free and not operations.draws(name):
             for tensor in tensors_in(output):
                 self._kinds.setdefault(id(tensor), (_CONSTANT, tensor))
         return output
@@ -338,13 +338,19 @@ class Recorder(TorchFunctionMode):
     def _record(self, func: Any, args: Any, kwargs: Any, operands: dict[str, Any], claimed: Any) -> Any:
         in_place = operations.is_in_place(operations.name_of(func))
         detach = _Detacher(clone=args[0] if in_place else None)
-        saved = tuple(map_tensors(detach, tree) for tree in (args, kwargs, operands))
+        saved = (map_tensors(detach, args), map_tensors(detach, kwargs), map_tensors(detach, operands))
+        given = tensors_in(args, kwargs)
+        known = [id(tensor) in self._kinds for tensor in given]
         replays = any(rule.replays for _, _, rule in claimed)
         rng_state = torch.get_rng_state() if replays else None
         autocast = operations.autocast_of(args) if replays else None
-        given = enumerate(tensors_in((args, kwargs))) if replays else ()
-        fixed = frozenset(position for position, tensor in given if id(tensor) in self._kinds)
-        output = func(*map_tensors(self._live, args), **map_tensors(self._live, kwargs))
+        fixed = frozenset(position for position, fix in enumerate(known) if fix) if replays else frozenset()
+
+        def live(tensor: Tensor) -> Tensor:
+            kind = self._kinds.get(id(tensor))
+            return detach(tensor) if kind is not None and kind[0] in (_PARAMETER, _DERIVED) else tensor
+
+        output = func(*map_tensors(live, args), **map_tensors(live, kwargs))
         rng_state = self._drawn(rng_state, func)
         if rng_state is not None and self._randomness == "same" and shared_rows(args, self._kinds) > 1:
             with self._resumed():
@@ -355,7 +361,7 @@ class Recorder(TorchFunctionMode):
         if self._replays:
             return self._listen(output, outputs, None, held)
         first = len(self.tape.calls)
-        source = not any(t.requires_grad for t in tensors_in((args, kwargs)) if id(t) not in self._kinds)
+        source = not any(t.requires_grad for t, fix in zip(given, known, strict=True) if not fix)
         shown = saved if hidden is None else hidden
         for position, tensor in enumerate(outputs):
             call = OpCall(
@@ -365,7 +371,7 @@ class Recorder(TorchFunctionMode):
                 kwargs=shown[1],
                 operands=shown[2],
                 output_shape=tensor.shape,
-                versions=tuple((t, t._version) for t in tensors_in(shown[:2])),
+                versions=tuple((t, t._version) for t in tensors_in(*shown[:2])),
                 output=position,
                 source=source,
                 rng_state=rng_state,
@@ -404,10 +410,6 @@ class Recorder(TorchFunctionMode):
     def _label(self, tensor: Tensor) -> str:
         return self._names.get(id(tensor)) or f"a tensor of shape {tuple(tensor.shape)} computed from parameters"
 
-    def _live(self, tensor: Tensor) -> Tensor:
-        kind = self._kinds.get(id(tensor))
-        return tensor.detach() if kind is not None and kind[0] in (_PARAMETER, _DERIVED) else tensor
-
     def _in_graph(self, tensor: Tensor) -> Tensor:
         """An output with a graph node of its own, which an in-place operation on it leaves in its place."""
         if tensor._is_view():  # an in-place operation would put another node in the place of a view's
@@ -430,7 +432,7 @@ class Recorder(TorchFunctionMode):
             node.metadata.setdefault(CALL, []).append(call)
             if self.on_output is not None:
                 self.on_output(live, call)
-        return map_tensors(lambda t: replaced.get(id(t), t), output)
+        return replaced[id(output)] if id(output) in replaced else map_tensors(lambda t: replaced.get(id(t), t), output)
 
 
 def _updated(buffer: Tensor, name: str) -> BufferUpdateError:

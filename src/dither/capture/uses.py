@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,12 +16,15 @@ from dither.errors import ExampleAxisError, SavedInputChangedError
 
 def map_tensors(function: Callable[[Tensor], Any], tree: Any) -> Any:
     """Apply a function to every tensor in nested tuples, lists and dicts."""
+    kind = type(tree)
+    if kind in _ATOMS:
+        return tree
     if isinstance(tree, Tensor):
         return function(tree)
     if isinstance(tree, (list, tuple)):
-        items = [map_tensors(function, item) for item in tree]
-        return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
-    if type(tree) is dict:
+        items = [item if type(item) in _ATOMS else map_tensors(function, item) for item in tree]
+        return kind(*items) if hasattr(tree, "_fields") else kind(items)
+    if kind is dict:
         return {key: map_tensors(function, item) for key, item in tree.items()}
     if isinstance(tree, dict):  # a model's output type, say: its own kind is kept
         mapped = copy.copy(tree)
@@ -31,16 +34,27 @@ def map_tensors(function: Callable[[Tensor], Any], tree: Any) -> Any:
     return tree
 
 
-def tensors_in(tree: Any) -> Iterator[Tensor]:
+def tensors_in(*trees: Any) -> list[Tensor]:
     """Every tensor in nested tuples, lists and dicts, in order."""
-    if isinstance(tree, Tensor):
-        yield tree
-    elif isinstance(tree, (list, tuple)):
-        for item in tree:
-            yield from tensors_in(item)
-    elif isinstance(tree, dict):
-        for item in tree.values():
-            yield from tensors_in(item)
+    found: list[Tensor] = []
+    _gather(trees, found)
+    return found
+
+
+def _gather(items: Iterable[Any], found: list[Tensor]) -> None:
+    for item in items:
+        if type(item) in _ATOMS:
+            continue
+        if isinstance(item, Tensor):
+            found.append(item)
+        elif isinstance(item, (list, tuple)):
+            _gather(item, found)
+        elif isinstance(item, dict):
+            _gather(item.values(), found)
+
+
+_ATOMS = frozenset({int, float, bool, str, type(None), torch.dtype, torch.device})
+"""The commonest types that hold no tensor."""
 
 
 @dataclass(frozen=True)
@@ -164,6 +178,10 @@ class ParamUse:
     name: str
     rule: Any
     axis: Layout | None = None
+
+    def placed(self, axis: Layout | None) -> ParamUse:
+        """The same use with its examples' place."""
+        return ParamUse(self.call, self.slot, self.parameter, self.name, self.rule, axis)
 
     @property
     def examples(self) -> Layout:

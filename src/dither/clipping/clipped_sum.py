@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dither.capture.uses import ParamUse
 from dither.clipping.collectors import NotFormed
-from dither.clipping.functions import clipping_function, is_finite
+from dither.clipping.functions import all_finite, clipping_function
 from dither.clipping.gradients import Gradients
 from dither.clipping.plan import Plan, check_strategy
 from dither.clipping.recording import LossFunction, Recording
@@ -85,23 +85,27 @@ def clipped_sum(
     recording = Recording(model, loss_fn, _check_randomness(randomness))
     _check_rows(recording, rows_per_example)
     sums = _sums(recording.parameters, into)
-    budget = free_memory(recording.losses.device) / 2 if memory_budget is None else memory_budget
+    budget = memory_budget
+    if budget is None and strategy == "auto":
+        budget = free_memory(recording.losses.device) / 2
     gradients = Gradients([recording], strategy, budget)
     two_pass = strategy == "two_pass"
     norms = _collect(recording, gradients, two_pass)
-    if two_pass and not bool(is_finite(norms).all()):  # rare: what was forgotten is needed after all
+    complete = all_finite(norms)
+    if two_pass and not complete:  # rare: what was forgotten is needed after all
         gradients, two_pass = Gradients([recording], "tile", budget), False
         norms = _collect(recording, gradients, False)
-    dropped = ~is_finite(norms)
-    factors = torch.where(dropped, 0.0, clip.factors(norms))
+    factors, dropped = clip.factors(norms), None
+    if not complete:
+        dropped = ~torch.isfinite(norms)
+        factors = torch.where(dropped, 0.0, factors)
     if two_pass and recording.batch:
         _second_pass(recording, gradients, factors, sums)
     with torch.no_grad():
         gradients.add_weighted_sum(factors, sums, dropped)
     wide = torch.promote_types(recording.losses.dtype, torch.float32)
-    return ClippedSum(
-        sums, norms.to(wide), recording.losses.detach(), clip.sensitivity, int(dropped.sum()), gradients.plan
-    )
+    left_out = 0 if dropped is None else int(dropped.sum())
+    return ClippedSum(sums, norms.to(wide), recording.losses.detach(), clip.sensitivity, left_out, gradients.plan)
 
 
 def per_example_gradients(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -60,6 +61,7 @@ def clipping_function(name: str, max_grad_norm: float) -> ClippingFunction:
     return Flat(max_grad_norm)
 
 
-def is_finite(norms: Tensor) -> Tensor:
-    """Which examples have a finite norm, bool (B,)."""
-    return torch.isfinite(norms)
+def all_finite(numbers: Tensor) -> bool:
+    """Whether every entry is finite."""
+    # The sum of finite entries can overflow; only then every entry is looked at.
+    return math.isfinite(float(numbers.sum())) or bool(torch.isfinite(numbers).all())

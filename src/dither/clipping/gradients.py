@@ -10,6 +10,7 @@ from torch import Tensor
 from dither.capture.coverage import leaves_of
 from dither.capture.uses import ParamUse
 from dither.clipping.collectors import Added, Collector, Held, NotFormed, pull_back
+from dither.clipping.functions import all_finite
 from dither.clipping.plan import Plan, PlannedUse, choose
 from dither.clipping.recording import Recorded
 
@@ -85,7 +86,7 @@ class Gradients:
     def squared_norms(self) -> dict[str, Tensor]:
         """Squared norms (B,) of every parameter that a gradient arrived at."""
         parts = {name: collector.squared_norm() for name, collector in self.collectors.items()}
-        return {name: part.clamp_min(0) for name, part in parts.items() if part is not None}
+        return {name: part for name, part in parts.items() if part is not None}
 
     def norms(self, widen: bool = True, squares: Mapping[str, Tensor] | None = None) -> Tensor:
         """Per-example norms over all parameters, (B,), float64.
@@ -94,12 +95,13 @@ class Gradients:
             widen: do again those whose squares overflow.
             squares: what `squared_norms` gave, if it is at hand.
         """
-        squared = torch.zeros(self._batch, dtype=torch.float64, device=self._device)
-        for part in (self.squared_norms() if squares is None else squares).values():
-            squared += part
-        if widen and not bool(torch.isfinite(squared).all()):
+        parts = list((self.squared_norms() if squares is None else squares).values())
+        if not parts:
+            return torch.zeros(self._batch, dtype=torch.float64, device=self._device)
+        squared = torch.stack(parts).clamp_min_(0).sum(0, dtype=torch.float64)
+        if widen and not all_finite(squared):
             self._widen(squared)
-        return squared.sqrt()
+        return squared.sqrt_()
 
     def _widen(self, squared: Tensor) -> None:
         """Recompute the squared norms that are not finite from float64 gradients, in place."""
@@ -111,12 +113,17 @@ class Gradients:
                 again += gradients[examples].double().reshape(len(examples), -1).square().sum(1)
         squared[examples] = again
 
-    def add_weighted_sum(self, weights: Tensor, into: Mapping[str, Tensor], dropped: Tensor) -> None:
+    def add_weighted_sum(self, weights: Tensor, into: Mapping[str, Tensor], dropped: Tensor | None = None) -> None:
         """Add the weighted sums; dropped examples' gradients (not finite) are replaced by zero, never multiplied."""
-        any_dropped = bool(dropped.any())
+        cast: dict[torch.dtype, Tensor] = {}
+        if dropped is not None and not bool(dropped.any()):
+            dropped = None
         for name, collector in self.collectors.items():
-            if not any_dropped:
-                collector.add_weighted_sum(weights, into[name])
+            if dropped is None:
+                dtype = into[name].dtype
+                if dtype not in cast:  # once, not once a parameter
+                    cast[dtype] = weights.to(torch.promote_types(dtype, torch.float32))
+                collector.add_weighted_sum(cast[dtype], into[name])
                 continue
             gradients = collector.formed()
             if gradients is not None:

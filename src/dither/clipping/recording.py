@@ -24,7 +24,11 @@ LossFunction = Callable[[], Tensor]
 
 def trainable(model: nn.Module) -> dict[str, Tensor]:
     """The model's trainable parameters by name; a tied parameter once, by its first name."""
-    found: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return _trainable(dict(model.named_parameters()))
+
+
+def _trainable(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    found = {name: p for name, p in named.items() if p.requires_grad}
     hooked = [name for name, p in found.items() if p._backward_hooks]
     if hooked:
         raise UnsupportedOpError(
@@ -63,11 +67,7 @@ def _check_buffers(before: Mapping[str, Tensor], model: nn.Module, recorder: Rec
 def constants_of(model: nn.Module) -> Iterator[Tensor]:
     """What the examples must not change: buffers and frozen parameters."""
     yield from model.buffers()
-    yield from _frozen(model)
-
-
-def _frozen(model: nn.Module) -> Iterator[Tensor]:
-    return (p for p in model.parameters() if not p.requires_grad)
+    yield from (p for p in model.parameters() if not p.requires_grad)
 
 
 class Recorded:
@@ -197,10 +197,11 @@ class Recording(Recorded):
 
     def __init__(self, model: nn.Module, loss_fn: LossFunction, randomness: str = "different") -> None:
         _check_mode()
-        parameters, before = trainable(model), dict(model.named_buffers())
+        named = dict(model.named_parameters())
+        parameters, before = _trainable(named), dict(model.named_buffers())
         recorder = Recorder(
             parameters,
-            [*before.values(), *_frozen(model)],
+            [*before.values(), *(p for p in named.values() if not p.requires_grad)],
             table,
             randomness=randomness,
             constants=memory_of(model).constants(),

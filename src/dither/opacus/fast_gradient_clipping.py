@@ -91,7 +91,7 @@ class GradSampleHooksFastGradientClipping(GradSampleHooks, stock.GradSampleHooks
         norms = gradients.norms(squares=squares) * scale
         for name, parameter in recording.parameters.items():
             square = squares.get(name)
-            norm = torch.zeros_like(norms) if square is None else square.sqrt() * scale
+            norm = torch.zeros_like(norms) if square is None else square.clamp_min(0).sqrt() * scale
             vars(parameter)["_norm_sample"] = norm.to(parameter.dtype)
         for parameter in recording.kept:
             norms = (norms.square() + parameter._norm_sample.to(norms).square()).sqrt()

@@ -37,6 +37,8 @@ def reduce_broadcast(use: ParamUse, entries: Tensor, shape: torch.Size) -> Tenso
         return (entries.sum(summed) if summed else entries).reshape(1, *shape)
     if summed:
         entries = entries.sum(summed, keepdim=True)
+    if layout.one_each:
+        return entries.movedim(layout.axis, 0).reshape(-1, *shape)
     return layout.split(entries).flatten(layout.axis + 1, layout.axis + 2).sum(layout.axis + 1).reshape(-1, *shape)
 
 
@@ -116,6 +118,8 @@ def channel_sum(use: ParamUse, entries: Tensor) -> Tensor:
         owned = layout.owners(sums.device) == torch.arange(layout.batch, device=sums.device).unsqueeze(1)
         return torch.where(owned, sums, 0)
     entries = entries.sum(others, keepdim=True) if others else entries
+    if layout.one_each:
+        return entries.movedim(layout.axis, 0).reshape(layout.batch, -1)
     rows = layout.split(entries).sum((layout.axis + 1, layout.axis + 2))
     return rows.reshape(layout.batch, -1)
 

@@ -53,7 +53,7 @@ class Fallback(Rule):
         """Which examples have an input or an output gradient that is not finite, (B,) bool."""
         layout = use.examples
         found = _spoiled(use, grad_output)
-        for position, tensor in enumerate(tensors_in((use.call.args, use.call.kwargs))):
+        for position, tensor in enumerate(tensors_in(use.call.args, use.call.kwargs)):
             if position not in use.call.fixed and _varies(tensor, layout):
                 found |= _spoiled(use, tensor)
         return found
@@ -61,7 +61,7 @@ class Fallback(Rule):
     def _replay(self, use: ParamUse, without: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Run the operation again on a new leaf in the parameter's place, some examples' inputs put to zero."""
         call, layout = use.call, use.examples
-        tensors = list(tensors_in((call.args, call.kwargs)))
+        tensors = tensors_in(call.args, call.kwargs)
         operand = tensors[int(use.slot)]
         leaf = operand.detach().clone().requires_grad_()
         fixed = {id(tensors[position]) for position in call.fixed}

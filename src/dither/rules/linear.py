@@ -89,9 +89,11 @@ class LinearWeight(Rule):
 
     def _rows(self, use: ParamUse, grad_output: Tensor) -> tuple[Tensor, Tensor]:
         x = use.operand("input")
-        common = torch.promote_types(x.dtype, grad_output.dtype)
-        g_BTp = use.examples.rows(grad_output).to(common)
-        return use.examples.rows(x).to(common).conj().resolve_conj(), g_BTp
+        x_BTd, g_BTp = use.examples.rows(x), use.examples.rows(grad_output)
+        if x.dtype != grad_output.dtype:
+            common = torch.promote_types(x.dtype, grad_output.dtype)
+            x_BTd, g_BTp = x_BTd.to(common), g_BTp.to(common)
+        return x_BTd.conj().resolve_conj() if x.is_complex() else x_BTd, g_BTp
 
     def per_example_gradient(self, use: ParamUse, grad_output: Tensor, out: Tensor | None = None) -> Tensor:
         """Each example's g^T x."""
@@ -128,5 +130,7 @@ class LinearWeight(Rule):
 
 
 def _at_least_float32(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    if x.dtype in (torch.float32, torch.float64):
+        return x, g
     wide = torch.promote_types(x.dtype, torch.float32)
     return x.to(wide), g.to(wide)

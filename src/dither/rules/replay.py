@@ -15,5 +15,5 @@ _FALLBACK = Fallback()
 def replayed(use: ParamUse, grad_output: Tensor) -> Tensor:
     """Per-example gradients (B, *parameter.shape) of a use, by the fallback. For operations without randomness."""
     operand = use.operand(str(use.slot))
-    position = next(k for k, t in enumerate(tensors_in((use.call.args, use.call.kwargs))) if t is operand)
+    position = next(k for k, t in enumerate(tensors_in(use.call.args, use.call.kwargs)) if t is operand)
     return _FALLBACK.per_example_gradient(replace(use, slot=position), grad_output)

@@ -71,16 +71,17 @@ class Rule:
 
 def _rows(gradients: Tensor) -> Tensor:
     """(B, *shape) to (B, P), also if there are no examples."""
+    if gradients.dim() == 2:
+        return gradients
     return gradients.reshape(gradients.shape[0], math.prod(gradients.shape[1:]))
 
 
 def squared_rows(gradients: Tensor) -> Tensor:
     """Squared norm of each example's gradient: (B, *shape) to (B,), in float32 or wider."""
     flat = _rows(gradients)
-    wide = torch.promote_types(flat.dtype, torch.float32)
     if flat.is_complex():
         flat = torch.view_as_real(flat).flatten(1)
-        wide = flat.dtype
+    wide = torch.promote_types(flat.dtype, torch.float32)
     norms: Tensor = torch.linalg.vector_norm(flat, dim=1, dtype=wide)
     return norms.square()
 
@@ -165,7 +166,7 @@ class Table:
             if known and all(n in signature.rules and signature.rules[n].claims(operands, n) for n, _ in slots):
                 return operands, [(name, i, signature.rules[name]) for name, i in slots]
         first: dict[int, int] = {}
-        for position, tensor in enumerate(tensors_in((args, kwargs))):
+        for position, tensor in enumerate(tensors_in(args, kwargs)):
             if id(tensor) in used:
                 first.setdefault(id(tensor), position)
         return {}, [(position, i, self._fallback) for i, position in first.items()]
