@@ -87,8 +87,8 @@ class Leaves:
 
         others = []
         for node in list(nodes_of([losses], accounted)):
-            leaf = getattr(node, "variable", None)
-            if isinstance(leaf, Tensor):
+            if type(node).__name__ == "AccumulateGrad":
+                leaf = node.variable
                 if id(leaf) in names:
                     raise _escaped(names[id(leaf)])
                 if hasattr(leaf, "of_a_recording") and leaf is not custom.anchor:

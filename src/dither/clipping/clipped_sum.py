@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dither.capture.uses import ParamUse
 from dither.clipping.collectors import NotFormed
-from dither.clipping.functions import all_finite, clipping_function
+from dither.clipping.functions import clipping_function
 from dither.clipping.gradients import Gradients
 from dither.clipping.plan import Plan, check_strategy
 from dither.clipping.recording import LossFunction, Recording
@@ -91,12 +91,11 @@ def clipped_sum(
     gradients = Gradients([recording], strategy, budget)
     two_pass = strategy == "two_pass"
     norms = _collect(recording, gradients, two_pass)
-    complete = all_finite(norms)
-    if two_pass and not complete:  # rare: what was forgotten is needed after all
+    if two_pass and not gradients.complete:  # rare: what was forgotten is needed after all
         gradients, two_pass = Gradients([recording], "tile", budget), False
         norms = _collect(recording, gradients, False)
     factors, dropped = clip.factors(norms), None
-    if not complete:
+    if not gradients.complete:
         dropped = ~torch.isfinite(norms)
         factors = torch.where(dropped, 0.0, factors)
     if two_pass and recording.batch:

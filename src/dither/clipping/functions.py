@@ -42,7 +42,7 @@ class Flat:
 
     def factors(self, norms: Tensor) -> Tensor:
         """min(1, C / norm)."""
-        return (self.max_grad_norm / norms).clamp(max=1.0)
+        return (norms / self.max_grad_norm).clamp_min_(1.0).reciprocal_()
 
 
 def clipping_function(name: str, max_grad_norm: float) -> ClippingFunction:

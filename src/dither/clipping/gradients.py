@@ -49,6 +49,8 @@ class Gradients:
             left -= held
             planned.append(PlannedUse(use.name, use.call.name, chosen, held))
         self.plan = Plan(tuple(planned))
+        self.complete = True
+        """Whether every norm that was last given is finite."""
 
     def _leaves_of(self, use: ParamUse) -> list[str]:
         """Names of the parameters behind a use."""
@@ -99,8 +101,10 @@ class Gradients:
         if not parts:
             return torch.zeros(self._batch, dtype=torch.float64, device=self._device)
         squared = torch.stack(parts).clamp_min_(0).sum(0, dtype=torch.float64)
-        if widen and not all_finite(squared):
+        self.complete = all_finite(squared)
+        if widen and not self.complete:
             self._widen(squared)
+            self.complete = all_finite(squared)
         return squared.sqrt_()
 
     def _widen(self, squared: Tensor) -> None:

@@ -256,14 +256,19 @@ class Recording(Recorded):
                 return
             self.tape.calls[call].check_unchanged()
             needed = [receive(use, gradient) for use in uses[call]]
-            if not any(needed):
+            if any(needed):
+                return
+            if again:
                 self.tape.calls[call].conceal()
+            else:
+                self.tape.calls[call].release()
 
         seed = torch.ones_like(self.losses)
+        again = keep_graph or self.undecided
         with nothing_escapes(self._leaves, self.parameters), torch.no_grad():
             self.tape.sink, self.tape.restores = sink, True
             try:
-                run_backward([self.losses], [seed], keep_graph or self.undecided, self.replaying)
+                run_backward([self.losses], [seed], again, self.replaying)
             finally:
                 self.tape.sink, self.tape.restores = None, False
             self._settle(late, receive)
