@@ -201,7 +201,7 @@ def test_a_parameter_written_into_rows_after_a_first_layer(name):
     assert_exact(model, lambda: loss_of(model(x)))
 
 
-@pytest.mark.parametrize("name", [name for name in WHERE if "data" not in name])
+@pytest.mark.parametrize("name", WHERE)
 def test_a_parameter_written_into_inputs(name):
     where, shape = WHERE[name]
 

@@ -11,14 +11,6 @@ FINDINGS: dict[str, tuple[str, ...]] = {
         "peft FourierFT on ViT",
         "peft Prompt tuning on Llama",
     ),
-    "a parameter written into rows that a mask picks": (
-        "transformers Wav2Vec2",
-        "transformers Wav2Vec2, layer norm",
-        "transformers HuBERT",
-        "transformers WavLM",
-        "transformers UniSpeech-SAT",
-        "transformers Data2Vec audio",
-    ),
     "an in-place mul_ on a weight computed from parameters, by a tensor taken for examples": (
         "peft LoHa on Llama",
         "peft LoHa on ViT",

@@ -209,6 +209,18 @@ def in_two_steps(function: Any, args: Any) -> Callable[..., Any] | None:
 
 def _assign(target: Tensor, index: Any, value: Tensor) -> None:
     """`target[index] = value`, the parameter used by an addition to zeros that have the replaced entries' place."""
+    if _is_mask_of(target, index, value):
+        # All of the target goes through, so that every entry keeps its place; row-picking would lose it.
+        mask = index.to(target.device).view(*index.shape, *[1] * (target.dim() - index.dim()))
+        target.copy_(torch.where(mask, value.to(target), target.clone()))
+        return
     replaced = target[index]
     nothing = torch.where(torch.zeros_like(replaced, dtype=torch.bool), replaced, 0)
     target[index] = (nothing + value).to(target.dtype)
+
+
+def _is_mask_of(target: Tensor, index: Any, value: Tensor) -> bool:
+    """Whether the index is one mask of the target's first axes, and the value the same wherever it is set."""
+    if not isinstance(index, Tensor) or index.dtype != torch.bool:
+        return False
+    return index.shape == target.shape[: index.dim()] and value.dim() <= target.dim() - index.dim()
