@@ -167,3 +167,54 @@ def test_functional_batch_norm_that_tracks_statistics_is_refused():
     update = lambda m, x: torch.batch_norm(x, None, None, m.kept, m.kept + 1, True, 0.1, 1e-5, False)  # noqa: E731
     model, x = Updated(update), torch.randn(B, 5)
     assert_refused(model, lambda: loss_of(model(x)), errors.CoupledExamplesError)
+
+
+# --- parameters that are made of the model's own memory ------------------------------------------------
+
+
+class Magnitude(nn.Module):
+    """A frozen weight whose columns get trained lengths; `made` makes the weight that the lengths are divided by."""
+
+    def __init__(self, made):
+        super().__init__()
+        self.made, self.frozen = made, nn.Parameter(torch.randn(5, 5), requires_grad=False)
+        self.register_buffer("kept", torch.rand(5, 5))
+        self.length = nn.Parameter(torch.rand(5))
+
+    def forward(self, x):
+        norm = torch.linalg.norm(self.made(self, x), dim=1).detach()
+        return F.linear(x, self.frozen) * (self.length / norm)
+
+
+MADE = {
+    "the frozen weight": lambda m, x: nn.Parameter(m.frozen),
+    "transposed": lambda m, x: nn.Parameter(m.frozen.T),
+    "a buffer, with another axis": lambda m, x: nn.Parameter(m.kept[None])[0],
+    "frozen": lambda m, x: nn.Parameter(m.frozen.T, requires_grad=False),
+}
+
+
+@pytest.mark.parametrize("how", MADE)
+def test_a_parameter_that_is_a_constants_memory_is_a_constant(how):
+    model, x = Magnitude(MADE[how]), torch.randn(B, 5)
+    assert_exact(model, lambda: loss_of(model(x)))
+
+
+def test_a_parameter_made_of_the_examples_is_none():
+    model = Magnitude(lambda m, x: nn.Parameter((x.T @ x).detach()))
+    x = torch.randn(B, 5)
+    assert_refused(model, lambda: loss_of(model(x)), errors.CaptureError)
+    model.made = lambda m, x: nn.Parameter(m.frozen.T) * x.std(0)
+    assert_refused(model, lambda: loss_of(model(x)), errors.CaptureError)
+
+
+def test_examples_kept_beside_a_buffer_are_no_constant():
+    memory, x = torch.randn(10, 5), torch.randn(B, 5)
+    model = Magnitude(lambda m, x: nn.Parameter(memory[5:]))
+    model.register_buffer("kept", memory[:5])
+    assert_refused(model, lambda: loss_of(model(x)), errors.CaptureError)
+
+
+def test_state_updated_through_a_parameter_of_its_memory_is_refused():
+    model, x = Updated(lambda m, x: nn.Parameter(m.kept, requires_grad=False).mul_(x.mean(0))), torch.randn(B, 5)
+    assert_refused(model, lambda: loss_of(model(x)), errors.BufferUpdateError)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from zoo import Entry
 
 FINDINGS: dict[str, tuple[str, ...]] = {
-    "a quotient of norms of a frozen weight is taken for examples": ("peft DoRA on GPT-2",),
     "a constant tensor that was made before the recording, and is no buffer, is taken for examples": (
         "peft FourierFT on Llama",
         "peft FourierFT on ViT",

@@ -100,6 +100,14 @@ def _place_of(tensor: Tensor) -> Any:
     return tensor.storage_offset(), tensor.shape
 
 
+def entries_of(tensor: Tensor) -> Any:
+    """Which entries of which memory a tensor is, in whatever order its axes are; None if it has no such memory."""
+    if _place_of(tensor) is None or tensor.is_meta:
+        return None
+    axes = sorted((stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size != 1)
+    return tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.dtype, tuple(axes)
+
+
 @lru_cache(maxsize=4096)
 def is_in_place(name: str) -> bool:
     """Whether a function of this name changes its first argument."""

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
@@ -88,6 +88,7 @@ class Recorder(TorchFunctionMode):
         self.anchor = torch.zeros((), requires_grad=True)
         self.anchor.of_a_recording = True  # type: ignore[attr-defined]
         self._versions = {i: t._version for i, (kind, t) in self._kinds.items() if kind in (_BUFFER, _PARAMETER)}
+        self._state: dict[Any, Tensor] | None = None
         self._trace: list[Any] = []
         self.reorders_by_data = False
         self._replays = False
@@ -201,6 +202,8 @@ class Recorder(TorchFunctionMode):
         follows = False
         for tensor in tensors_in(args, kwargs):
             kind = kinds.get(id(tensor))
+            if kind is None and type(tensor) is nn.Parameter:
+                kind = self._state_behind(tensor)
             if kind is None:
                 batch_free = False
             elif kind[0] in (_PARAMETER, _DERIVED):
@@ -227,6 +230,19 @@ class Recorder(TorchFunctionMode):
             if tensor._version != version:
                 self._changed(tensor, version, batch_free, operations.name_of(func))
         return output
+
+    def _state_behind(self, parameter: nn.Parameter) -> tuple[str, Tensor] | None:
+        """The kind of a parameter that is none of the model's, if it is the memory of a buffer or frozen one.
+
+        As `nn.Parameter(weight.T)`, whose making no torch function shows.
+        """
+        if self._state is None:
+            buffers = [tensor for kind, tensor in self._kinds.values() if kind == _BUFFER]
+            self._state = {operations.entries_of(tensor): tensor for tensor in buffers}
+        entries = operations.entries_of(parameter)
+        if entries is None or entries not in self._state or operations.entries_of(self._state[entries]) != entries:
+            return None
+        return self._kinds.setdefault(id(parameter), (_BUFFER, parameter))
 
     def _changed(self, tensor: Tensor, before: int, batch_free: bool, name: str) -> None:
         """State may change where no example has a part: power iterations, counters of steps."""
