@@ -10,10 +10,6 @@ FINDINGS: dict[str, tuple[str, ...]] = {
         "peft FourierFT on ViT",
         "peft Prompt tuning on Llama",
     ),
-    "an in-place mul_ on a weight computed from parameters, by a tensor taken for examples": (
-        "peft LoHa on Llama",
-        "peft LoHa on ViT",
-    ),
 }
 
 

@@ -79,7 +79,7 @@ def sd3() -> tuple[nn.Module, Any, list[str]]:
 
 BASES = {"Llama": llama, "GPT-2": gpt2, "ViT": vit, "SD3": sd3}
 RANK = {"r": 2, "lora_alpha": 4}
-QUICK = {("LoRA", "Llama"), ("DoRA", "SD3"), ("DoRA", "GPT-2"), ("IA3", "ViT")}
+QUICK = {("LoRA", "Llama"), ("DoRA", "SD3"), ("DoRA", "GPT-2"), ("LoHa", "ViT"), ("IA3", "ViT")}
 
 
 def register(adapter: str, base: str, config: Any, **options: Any) -> None:

@@ -89,6 +89,7 @@ class Recorder(TorchFunctionMode):
         self.anchor.of_a_recording = True  # type: ignore[attr-defined]
         self._versions = {i: t._version for i, (kind, t) in self._kinds.items() if kind in (_BUFFER, _PARAMETER)}
         self._state: dict[Any, Tensor] | None = None
+        self._numbers: dict[int, tuple[Tensor, int]] = {}
         self._trace: list[Any] = []
         self.reorders_by_data = False
         self._replays = False
@@ -111,6 +112,8 @@ class Recorder(TorchFunctionMode):
         if not self._entered:
             return
         self._entered = False
+        if not self.tape.hides:  # no checkpoint will ask for them in backward
+            self._numbers.clear()
         try:
             super().__exit__(*exc_info)
         finally:
@@ -282,11 +285,28 @@ class Recorder(TorchFunctionMode):
         target = args[0] if in_place and args and isinstance(args[0], Tensor) else None
         if target is not None and not batch_free:
             self._forget_constant(target, name)
+        random = batch_free and operations.draws(name)
+        drawn = random or bool(self._numbers and not batch_free and self._only_drawn(args, kwargs))
         output = func(*args, **kwargs)
-        if batch_free and not operations.draws(name):
+        if batch_free and not random:
             for tensor in tensors_in(output):
                 self._kinds.setdefault(id(tensor), (_CONSTANT, tensor))
+        if drawn:
+            self._numbers |= {id(t): (t, t._version) for t in tensors_in(output) if id(t) not in self._kinds}
         return output
+
+    def _only_drawn(self, args: Any, kwargs: Any) -> bool:
+        """Whether no example is behind any of the tensors: random numbers, drawn from constants, may be among them.
+
+        Random numbers are no constants where they may be each example's own (noise). Here that does not matter.
+        """
+        for tensor in tensors_in(args, kwargs):
+            kind, drawn = self._kinds.get(id(tensor)), self._numbers.get(id(tensor))
+            if kind is None and (drawn is None or drawn[1] != tensor._version):  # as drawn, or changed since
+                return False
+            if kind is not None and kind[0] == _BATCHED:
+                return False
+        return True
 
     def _run_on_parameters_alone(self, func: Any, args: Any, kwargs: Any) -> Any:
         if hooked():  # what is computed from parameters alone is asked for more than once a pass
@@ -332,6 +352,8 @@ class Recorder(TorchFunctionMode):
     def _use(self, func: Any, args: Any, kwargs: Any, used: set[int]) -> Any:
         name = operations.name_of(func)
         if operations.is_in_place(name) and id(args[0]) in used:
+            if self._only_drawn(args, kwargs):  # a weight with a mask of its own: its entries are no examples'
+                return self._run_on_parameters_alone(func, args, kwargs)
             raise UnsupportedOpError(
                 f"{name} writes examples into a parameter, or a tensor computed from parameters, in place.",
                 fix="build the tensor with torch.cat, torch.where or addition instead",
