@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 
 import pytest
 import torch
@@ -162,3 +163,40 @@ def test_declarations_inside_the_loss():
 
     with pytest.raises(errors.CoupledExamplesError):
         dither.clipped_sum(model, mixing)
+
+
+@pytest.mark.parametrize("where", ["attribute", "list", "dict"])
+def test_a_refusal_names_the_tensors_that_a_module_holds(where):
+    class Looked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.table = nn.Linear(3, 3), nn.Parameter(torch.randn(9, 3))
+            index = torch.arange(7)
+            self.held = {"attribute": index, "list": [index], "dict": {"default": index}}[where]
+
+        def index(self):
+            return self.held if where == "attribute" else self.held[0 if where == "list" else "default"]
+
+        def forward(self, x):
+            return self.layer(x) + self.table[self.index()].sum(0)
+
+    written = {"attribute": "held", "list": "held[0]", "dict": "held['default']"}[where]
+    model, x = nn.Sequential(Looked()), torch.randn(B, 3)
+    with pytest.raises(errors.ExampleAxisError, match=re.escape(f"holds 0.{written}, no buffer")):
+        dither.clipped_sum(model, lambda: model(x).square().sum(1))
+    declared = dither.constant(torch.arange(7))
+    model[0].held = {"attribute": declared, "list": [declared], "dict": {"default": declared}}[where]
+    assert_exact(model, lambda: model(x).square().sum(1))
+
+
+def test_conditioning_of_this_batch_is_not_taken_for_a_constant():
+    """A statistic of the batch, and one entry for each example that the model mixes: refused, the attribute named."""
+    model, x = Conditioned(), torch.randn(B, 6, 3)
+    model.condition = torch.randn(B, 5).mean(0, keepdim=True)
+    with pytest.raises(errors.CaptureError, match="holds condition, no buffer"):
+        dither.clipped_sum(model, lambda: model(x).square().flatten(1).sum(1))
+    model.condition = torch.randn(B, 5)
+    with pytest.raises(errors.CoupledExamplesError, match="holds condition, no buffer"):
+        dither.clipped_sum(
+            model, lambda: (model.inner(x).sum(1) * model.of_condition(model.condition).mean(0)).square().sum(1)
+        )

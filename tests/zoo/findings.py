@@ -4,13 +4,7 @@ from __future__ import annotations
 
 from zoo import Entry
 
-FINDINGS: dict[str, tuple[str, ...]] = {
-    "a constant tensor that was made before the recording, and is no buffer, is taken for examples": (
-        "peft FourierFT on Llama",
-        "peft FourierFT on ViT",
-        "peft Prompt tuning on Llama",
-    ),
-}
+FINDINGS: dict[str, tuple[str, ...]] = {}
 
 
 def finding(chosen: Entry) -> str:

@@ -11,6 +11,7 @@ import transformers as hf
 from torch import nn
 from transformers_sizes import GROUPED, HIDDEN, SIZES
 
+import dither
 from zoo import B, classification, denoising, entry, images, next_token, timesteps, tokens
 
 
@@ -77,9 +78,35 @@ def sd3() -> tuple[nn.Module, Any, list[str]]:
     return model, loss, ["to_q", "to_v", "ff.net.0.proj"]
 
 
+def declare_constants(model: nn.Module) -> None:
+    """Say of tensors that an adapter makes once, and holds in a dict of its own, that they are constants."""
+    for module in model.modules():
+        for held in (vars(module).get("indices"), vars(module).get("prompt_tokens")):
+            for name, tensor in (held or {}).items():
+                held[name] = dither.constant(tensor)
+
+
 BASES = {"Llama": llama, "GPT-2": gpt2, "ViT": vit, "SD3": sd3}
+DECLARED = "`{}`, no buffer, declared with `dither.constant`"
+SPECIAL: dict[Any, dict[str, Any]] = {
+    peft.FourierFTConfig: {
+        "dtype": torch.float32,
+        "bound": 1e-5,
+        "note": "float32: the adapter itself does not run in float64; " + DECLARED.format("indices"),
+    },
+    peft.PromptTuningConfig: {"note": DECLARED.format("prompt_tokens")},
+}
+"""What differs for some adapters."""
 RANK = {"r": 2, "lora_alpha": 4}
-QUICK = {("LoRA", "Llama"), ("DoRA", "SD3"), ("DoRA", "GPT-2"), ("LoHa", "ViT"), ("IA3", "ViT")}
+QUICK = {
+    ("LoRA", "Llama"),
+    ("DoRA", "SD3"),
+    ("DoRA", "GPT-2"),
+    ("LoHa", "ViT"),
+    ("FourierFT", "ViT"),
+    ("Prompt tuning", "Llama"),
+    ("IA3", "ViT"),
+}
 
 
 def register(adapter: str, base: str, config: Any, **options: Any) -> None:
@@ -90,6 +117,7 @@ def register(adapter: str, base: str, config: Any, **options: Any) -> None:
         f"{adapter} on {base}",
         {"ViT": "images 16x16", "SD3": "latents, text, timesteps"}.get(base, "token ids"),
         quick=(adapter, base) in QUICK,
+        **SPECIAL.get(config, {}),
     )
     def build():
         model, loss, targets = BASES[base]()
@@ -99,6 +127,8 @@ def register(adapter: str, base: str, config: Any, **options: Any) -> None:
         if config not in (peft.PrefixTuningConfig, peft.PromptTuningConfig):
             given["target_modules"] = targets
         wrapped = peft.get_peft_model(model, config(**given))
+        if config in SPECIAL:
+            declare_constants(wrapped)
         return wrapped, loss(wrapped)
 
 

@@ -55,3 +55,14 @@ def test_page_has_every_model():
     if MISSING:
         pytest.skip(f"the page has models of libraries that are not installed: {sorted(MISSING)}")
     assert rows_of(PAGE.read_text()) == [(e.library, e.name) for e in load()[0]]
+
+
+@pytest.mark.parametrize("adapter", ["FourierFT on ViT", "Prompt tuning on Llama"])
+def test_what_has_to_be_declared_is_refused_until_it_is(adapter, monkeypatch):
+    """Nothing tells a tensor that was made with the model from conditioning that was put there for this batch."""
+    peft_models = pytest.importorskip("peft_models")
+    monkeypatch.setattr(peft_models, "declare_constants", lambda model: None)
+    chosen = next(e for e in ENTRIES if (e.library, e.name) == ("peft", adapter))
+    found = measure(chosen)
+    assert found.refusal == "ExampleAxisError"
+    assert "['default']" in found.failure.fix and "dither.constant(tensor)" in found.failure.fix

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from dither.capture import watching
 from dither.capture.examples import ExampleAxis
 from dither.capture.uses import map_tensors
-from dither.errors import ConfigurationError, ExampleAxisError
+from dither.errors import ConfigurationError, CoupledExamplesError, ExampleAxisError
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,43 @@ def follow(batch: Any, count: int) -> Any:
         return batched(tensor) if fits and not tensor.requires_grad and tensor not in _declared else tensor
 
     return map_tensors(declared, batch)
+
+
+@contextmanager
+def naming_undeclared(model: nn.Module) -> Iterator[None]:
+    """Add to a refusal which tensors the model holds of which nothing is known: one may be what has to be declared."""
+    try:
+        yield
+    except (CoupledExamplesError, ExampleAxisError) as error:
+        held = list(_undeclared(model))
+        if not held:
+            raise
+        more = f" and {len(held) - 2} more" if len(held) > 2 else ""
+        fix = (
+            f"{error.fix}. The model holds {', '.join(held[:2])}{more}, no buffer: put dither.constant(tensor) in its "
+            "place if it does not depend on the examples, dither.batched(tensor) if it has an entry for each"
+        )
+        raise type(error)(error.what, fix=fix).with_traceback(error.__traceback__) from None
+
+
+def _undeclared(model: nn.Module) -> Iterator[str]:
+    """Where modules hold tensors that are no parameters or buffers, and of which nothing was said."""
+    for name, module in model.named_modules():
+        for attribute, value in vars(module).items():
+            if attribute not in ("_parameters", "_buffers", "_modules"):
+                for path, tensor in _paths(attribute, value):
+                    if tensor not in _declared and not isinstance(tensor, nn.Parameter):
+                        yield f"{name}.{path}".removeprefix(".")
+
+
+def _paths(path: str, tree: Any) -> Iterator[tuple[str, Tensor]]:
+    """Tensors in lists and dicts, and how each is written; one level deep."""
+    if isinstance(tree, Tensor):
+        yield path, tree
+    elif isinstance(tree, (list, tuple, dict)):
+        for key, item in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            if isinstance(item, Tensor):
+                yield f"{path}[{key!r}]", item
 
 
 def declarations() -> list[tuple[Tensor, Declared]]:

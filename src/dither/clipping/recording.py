@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dither.capture.coverage import Leaves, check_loss, nodes_of, nothing_escapes
+from dither.capture.declared import naming_undeclared
 from dither.capture.examples import ExampleAxis, Layout, Ragged
 from dither.capture.layouts import Places, Probe, decide_examples, with_axes
 from dither.capture.probing import Replaying, Seed, run_backward, send_back
@@ -227,7 +228,7 @@ class Recording(Recorded):
         self._known: dict[int, ExampleAxis] = {}
         if self.batch:
             self._known = {i: declared.layout(t, self.batch) for i, (t, declared) in recorder.layouts.items()}
-            with nothing_escapes(self._leaves, self.parameters):
+            with nothing_escapes(self._leaves, self.parameters), naming_undeclared(model):
                 self.decide(self._probe, self._known)
 
     def nodes(self) -> Mapping[int, Any]:
