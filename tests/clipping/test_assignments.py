@@ -274,3 +274,30 @@ def test_noise_of_each_example_is_no_constant():
     assert_exact(model, lambda: loss_of(model()))
     mixing = Function(lambda w, v: F.linear((h := F.linear(torch.randn(B, 5), w)) - h.mean(0), v), w=(5, 5), v=(3, 5))
     assert_refused(mixing, lambda: loss_of(mixing()), errors.CoupledExamplesError)
+
+
+# --- operations without a rule that overwrite the examples ---------------------------------------------
+
+OVERWRITING = {
+    "copy_": lambda x, p: x.clone().copy_(p) * x,
+    "ldexp_": lambda x, p: F.linear(x, torch.eye(5)).ldexp_(p),
+    "ldexp_ after a layer": lambda x, p: F.linear(x, p.outer(p)).ldexp_(p),
+}
+
+
+@pytest.mark.parametrize("how", OVERWRITING)
+def test_examples_overwritten_by_an_operation_without_a_rule(how):
+    model, x = Function(OVERWRITING[how], p=(5,)), torch.randn(B, 5)
+    assert_exact(model, lambda: loss_of(model(x)))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("how", ["ldexp_", "ldexp_ after a layer"])
+def test_the_others_of_a_batch_with_an_example_that_is_not_finite(how, strategy):
+    """Such an operation runs again for each of them: always on what was there before it."""
+    model, x = Function(OVERWRITING[how], p=(5,)), torch.randn(B, 5)
+    expected = dither.clipped_sum(model, lambda: loss_of(model(x[1:])), max_grad_norm=0.5, strategy=strategy)
+    x[0] = float("nan")
+    result = dither.clipped_sum(model, lambda: loss_of(model(x)), max_grad_norm=0.5, strategy=strategy)
+    assert result.dropped == 1
+    assert oracle.relative_error(result.gradients, expected.gradients) <= 1e-10

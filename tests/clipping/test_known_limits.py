@@ -13,7 +13,7 @@ from torch import nn
 
 import dither
 from clipping.test_buffers import Updated
-from clipping.test_exactness import Function, assert_exact, assert_exact_or_refused, loss_of, removal_moves
+from clipping.test_exactness import Function, assert_exact_or_refused, loss_of, removal_moves
 from dither import errors
 
 pytestmark = pytest.mark.usefixtures("double_precision")
@@ -123,25 +123,11 @@ def test_tensor_subclasses_that_change_an_operation(which):
     assert_exact_or_refused(model, lambda: loss_of(model(x).as_subclass(torch.Tensor)), max_grad_norm=1e9)
 
 
-# --- refused, or stopped by an error of torch's own ----------------------------------------------------
+# --- refused though possible -----------------------------------------------------------------------------
 
 
-@limit("two_pass refuses: the first replay has changed the saved input")
-def test_examples_overwritten_by_a_parameter():
-    model, x = Function(lambda x, p: x.clone().copy_(p) * x, p=(5,)), torch.randn(B, 5)
-    assert_exact(model, lambda: loss_of(model(x)))
-
-
-@limit("where the examples lie is undecided in a first batch of which no example is finite")
+@limit("no example is finite in a first batch: one example's NaN may have spread, so where they lie is undecided")
 def test_a_first_batch_of_which_no_example_is_finite_sums_to_zero():
     model, x = nn.Linear(3, 4), torch.full((B, 3), float("nan"))
     result = dither.clipped_sum(model, lambda: loss_of(model(x)))
     assert result.dropped == B and all(not g.any() for g in result.gradients.values())
-
-
-@pytest.mark.filterwarnings("ignore:Error detected in:UserWarning")
-@pytest.mark.xfail(strict=True, raises=RuntimeError, reason="the proofs send NaN back on purpose: torch reports it")
-def test_anomaly_detection():
-    model, x = nn.Linear(5, 3), torch.randn(B, 5)
-    with torch.autograd.set_detect_anomaly(True, check_nan=True):
-        assert_exact_or_refused(model, lambda: loss_of(model(x)))

@@ -101,6 +101,19 @@ def test_generation_between_steps_and_inside_the_loss():
     assert_exact(model, loss_fn)
 
 
+@pytest.mark.filterwarnings("ignore:Error detected in:UserWarning")
+def test_anomaly_detection():
+    """The proofs' own NaN are none; the examples' are reported by torch, as its user asked."""
+    model, x = network(), torch.randn(4, 3)
+    with torch.autograd.set_detect_anomaly(True, check_nan=True):
+        assert_exact(model, lambda: model(x).square().sum(1))
+        with pytest.raises(errors.CoupledExamplesError):
+            dither.clipped_sum(model, lambda: model(model[:1](x).mean(0)[:3] + x).square().sum(1))
+        assert torch.is_anomaly_enabled() and torch.is_anomaly_check_nan_enabled()
+        with pytest.raises(RuntimeError, match="returned nan values"):
+            dither.clipped_sum(model, lambda: (model(x) * 0).sqrt().sum(1) * 0)
+
+
 # --- custom autograd functions --------------------------------------------------------------------
 
 

@@ -98,7 +98,8 @@ def send_back(
     tape.sink = sink
     try:
         sent = [seed.nothing() if zero else seed.poison(examples) for seed in seeds]
-        run_backward(edges, sent, True, replaying)
+        with nan_on_purpose():
+            run_backward(edges, sent, True, replaying)
     finally:
         tape.sink = None
     return touched
@@ -114,15 +115,19 @@ def send_back_to(
     """Send NaN back from the seeds only to the places of some calls; no leaf receives a gradient."""
     if not places:
         return {}
-    found = run_backward(
-        [seed.edge for seed in seeds],
-        [seed.nothing() if zero else seed.poison(examples) for seed in seeds],
-        True,
-        replaying,
-        list(places.values()),
-    )
+    sent = [seed.nothing() if zero else seed.poison(examples) for seed in seeds]
+    with nan_on_purpose():
+        found = run_backward([seed.edge for seed in seeds], sent, True, replaying, list(places.values()))
     arrived = [(call, gradient) for call, gradient in zip(places, found, strict=True) if gradient is not None]
     return {call: _something(gradient) if zero else gradient.isnan() for call, gradient in arrived}
+
+
+def nan_on_purpose() -> AbstractContextManager[None]:
+    """Torch's anomaly detection takes no NaN for an error inside."""
+    if torch.is_anomaly_enabled() and torch.is_anomaly_check_nan_enabled():
+        quiet: AbstractContextManager[None] = torch.autograd.set_detect_anomaly(True, check_nan=False)
+        return quiet
+    return nullcontext()
 
 
 def _something(gradient: Tensor) -> Tensor:

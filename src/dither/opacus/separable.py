@@ -17,7 +17,7 @@ from torch.autograd.graph import GradientEdge
 
 from dither.capture.examples import ExampleAxis
 from dither.capture.layouts import separating_groups
-from dither.capture.probing import Seed
+from dither.capture.probing import Seed, nan_on_purpose
 from dither.errors import CoupledExamplesError, CoverageError
 
 _POINTWISE = frozenset(
@@ -163,7 +163,9 @@ def _leaves_its_rows(result: Seed, seeds: Sequence[Seed]) -> bool:
     """Whether an example's entries depend on another example."""
     edges = [seed.edge for seed in seeds]
     for group in separating_groups(result.layout.batch)[0]:
-        sent = torch.autograd.grad([result.edge], edges, [result.poison(group)], retain_graph=True, allow_unused=True)
+        poison = [result.poison(group)]
+        with nan_on_purpose():
+            sent = torch.autograd.grad([result.edge], edges, poison, retain_graph=True, allow_unused=True)
         if _leaves_group(seeds, sent, group):
             return True
     return False
@@ -288,7 +290,8 @@ def _second_order(
 ) -> list[Tensor | None]:
     derivatives = [derivative for _, derivative in live]
     poison = [seed.poison(group).to(derivative.dtype) for seed, derivative in live]
-    return list(torch.autograd.grad(derivatives, edges, poison, retain_graph=True, allow_unused=True))
+    with nan_on_purpose():
+        return list(torch.autograd.grad(derivatives, edges, poison, retain_graph=True, allow_unused=True))
 
 
 def _leaves_group(seeds: Sequence[Seed], received: Sequence[Tensor | None], group: list[int]) -> bool:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dither.capture.examples import Layout
+from dither.capture.operations import is_in_place
 from dither.capture.uses import ParamUse, map_tensors, tensors_in
 from dither.errors import UnsupportedOpError
 from dither.rules.rule import Cost, Rule
@@ -66,11 +67,13 @@ class Fallback(Rule):
         leaf = operand.detach().clone().requires_grad_()
         fixed = {id(tensors[position]) for position in call.fixed}
 
+        overwritten = call.args[0] if is_in_place(call.name) else None  # kept as it was, for another pass
+
         def given(tensor: Tensor) -> Tensor:
             if tensor is operand:
                 return leaf
             if without is None or id(tensor) in fixed or not _varies(tensor, layout):
-                return tensor
+                return tensor.clone() if tensor is overwritten else tensor
             rows = without[layout.owners(tensor.device)].view(-1, *[1] * (tensor.dim() - layout.axis - 1))
             return torch.where(rows, torch.zeros_like(tensor), tensor)
 
