@@ -44,6 +44,8 @@ _REORDERING = {
     "unique",
 }
 
+_ELEMENTWISE = {"add", "div", "masked_fill", "mul", "multiply", "radd", "rmul", "rsub", "sub", "truediv", "where"}
+
 BACKWARD = {torch.Tensor.backward, torch.autograd.backward, torch.autograd.grad}
 """Functions that run a backward pass."""
 
@@ -189,6 +191,18 @@ def autocast_of(args: Any) -> tuple[str, torch.dtype] | None:
         kind = tensor.device.type
         return (kind, torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None
     return None
+
+
+def keeps_shape(function: Any, args: Any, used: set[int]) -> bool:
+    """Whether an elementwise operation gives something of the shape of a tensor that is `used`, by id."""
+    if name_of(function).strip("_") not in _ELEMENTWISE:
+        return False
+    tensors = list(tensors_in(args))
+    return any(id(t) in used and all(_broadcasts_to(other.shape, t.shape) for other in tensors) for t in tensors)
+
+
+def _broadcasts_to(shape: torch.Size, wanted: torch.Size) -> bool:
+    return len(shape) <= len(wanted) and all(a in (1, b) for a, b in zip(shape[::-1], wanted[::-1], strict=False))
 
 
 def in_two_steps(function: Any, args: Any) -> Callable[..., Any] | None:

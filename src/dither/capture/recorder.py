@@ -13,8 +13,9 @@ from functools import partial
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn import Parameter
 from torch.overrides import TorchFunctionMode
 
 from dither.capture import operations, watching
@@ -205,7 +206,7 @@ class Recorder(TorchFunctionMode):
         follows = False
         for tensor in tensors_in(args, kwargs):
             kind = kinds.get(id(tensor))
-            if kind is None and type(tensor) is nn.Parameter:
+            if kind is None and type(tensor) is Parameter:
                 kind = self._state_behind(tensor)
             if kind is None:
                 batch_free = False
@@ -234,7 +235,7 @@ class Recorder(TorchFunctionMode):
                 self._changed(tensor, version, batch_free, operations.name_of(func))
         return output
 
-    def _state_behind(self, parameter: nn.Parameter) -> tuple[str, Tensor] | None:
+    def _state_behind(self, parameter: Parameter) -> tuple[str, Tensor] | None:
         """The kind of a parameter that is none of the model's, if it is the memory of a buffer or frozen one.
 
         As `nn.Parameter(weight.T)`, whose making no torch function shows.
@@ -351,9 +352,11 @@ class Recorder(TorchFunctionMode):
 
     def _use(self, func: Any, args: Any, kwargs: Any, used: set[int]) -> Any:
         name = operations.name_of(func)
-        if operations.is_in_place(name) and id(args[0]) in used:
-            if self._only_drawn(args, kwargs):  # a weight with a mask of its own: its entries are no examples'
-                return self._run_on_parameters_alone(func, args, kwargs)
+        in_place = operations.is_in_place(name) and id(args[0]) in used
+        stays = in_place or (self._numbers and operations.keeps_shape(func, args, used))
+        if stays and self._only_drawn(args, kwargs):  # a weight with a mask of its own: its entries are no examples'
+            return self._run_on_parameters_alone(func, args, kwargs)
+        if in_place:
             raise UnsupportedOpError(
                 f"{name} writes examples into a parameter, or a tensor computed from parameters, in place.",
                 fix="build the tensor with torch.cat, torch.where or addition instead",
