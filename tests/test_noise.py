@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -9,16 +11,64 @@ from scipy import stats
 
 from dither.errors import ConfigurationError
 from dither.noise import GaussianNoise, sequence
+from dither.normals import BLOCK, Normals
 
 N = 1_000_000
 
 
-def test_a_million_draws_are_gaussian_of_the_claimed_scale():
-    tensors = {"a": torch.zeros(N // 2, dtype=torch.float64), "b": torch.zeros(1000, N // 2000)}
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_million_draws_are_gaussian_of_the_claimed_scale(dtype):
+    tensors = {"a": torch.zeros(N // 2, dtype=dtype), "b": torch.zeros(1000, N // 2000, dtype=dtype)}
     GaussianNoise().add_(tensors, 2.5)
     drawn = torch.cat([t.flatten().double() for t in tensors.values()])
     assert abs(float(drawn.std()) / 2.5 - 1) < 0.005
     assert stats.kstest((drawn / 2.5).numpy(), "norm").pvalue > 1e-4
+
+
+def test_the_tails_and_the_moments_of_twenty_million_draws():
+    normals, tails, moments = Normals(b"sixteen bytes ok"), dict.fromkeys((3.0, 4.0, 5.0), 0), np.zeros(3)
+    blocks = 20 * N // BLOCK
+    for block in range(blocks):
+        drawn = normals.draw(block, BLOCK, 1.0)
+        squares = drawn * drawn
+        moments += [drawn.sum(), squares.sum(), squares @ squares]
+        for bound in tails:
+            tails[bound] += np.count_nonzero(squares > bound**2)
+    count = blocks * BLOCK
+    deviations = (moments / count - [0, 1, 3]) / np.sqrt(np.array([1, 2, 96]) / count)
+    assert np.abs(deviations).max() < 5
+    for bound, seen in tails.items():
+        expected = 2 * count * stats.norm.sf(bound)
+        assert abs(seen - expected) < 5 * expected**0.5, bound
+
+
+@pytest.mark.parametrize(("bits", "radius"), [(0, 9.346), (1, 9.346), (2**62, 1.1774), (2**63 - 1, 0.0)])
+@pytest.mark.parametrize("wide", [False, True])
+def test_the_radius_reaches_nine_standard_deviations(bits, radius, wide):
+    """The transform of chosen bits, at an angle of a quarter turn."""
+    normals = Normals(bytes(16), 2, wide=wide)
+    normals._bits[:12] = bits.to_bytes(8, sys.byteorder) + (2**30).to_bytes(4, sys.byteorder)
+    assert normals._transform(1)[1] * 2.0**-39 == pytest.approx([0.0, radius], abs=1e-3)
+
+
+def test_numbers_lie_between_those_of_float32():
+    """At float32's own grid near 1, and at steps 2^8 times finer: each of 256 cells is as likely as the others."""
+    normals, cells = Normals(b"sixteen bytes ok"), np.zeros((2, 256))
+    for block in range(50):
+        drawn = normals.draw(block, BLOCK, 1.0)
+        for row, steps in zip(cells, (2.0**24, 2.0**32), strict=True):
+            row += np.bincount(np.floor(drawn * steps).astype(np.int64) & 255, minlength=256)
+    assert min(stats.chisquare(row).pvalue for row in cells) > 1e-4
+
+
+def test_no_correlation_within_a_block_and_across_blocks():
+    """Also of squares: both numbers of a pair come from one radius."""
+    normals = Normals(b"sixteen bytes ok")
+    drawn = np.concatenate([normals.draw(block, BLOCK, 1.0).reshape(2, -1).copy() for block in range(3)])
+    for values in (drawn, drawn**2):
+        assert np.abs(np.corrcoef(values) - np.eye(6)).max() < 5 / (BLOCK // 2) ** 0.5
+        for lag in (1, 2, 3):
+            assert abs(np.corrcoef(values[:, lag:].ravel(), values[:, :-lag].ravel())[0, 1]) < 5 / drawn.size**0.5
 
 
 def test_no_correlation_across_steps_parameters_and_streams():
@@ -68,25 +118,51 @@ def test_noise_does_not_depend_on_the_number_of_threads_nor_on_layout():
     assert torch.equal(draw(torch.zeros(1000, 300).T), draw(torch.zeros(300, 1000)))
 
 
+def test_one_stream_runs_through_tensors_of_any_size():
+    """Cut into tensors, some larger than a block and some empty, the noise is that of one tensor."""
+    sizes = [3, 0, BLOCK + 1, 1, 70, 3 * BLOCK - 75, 1000]
+    whole, parts = torch.zeros(sum(sizes)), [torch.zeros(size) for size in sizes]
+    GaussianNoise(5).add_([whole], 1.0)
+    GaussianNoise(5).add_(parts, 1.0)
+    assert torch.equal(whole, torch.cat(parts))
+    assert len(whole.unique()) > 0.98 * len(whole)  # no block's noise is another's
+
+
 def test_noise_is_added_in_float64_and_rounded_once():
     base = torch.full((1000,), 3.0e7)
     noisy, alone = base.clone(), torch.zeros(1000, dtype=torch.float64)
     GaussianNoise(2).add_([noisy], 1.0)
-    generator = np.random.Generator(np.random.SFC64(sequence(2, 0, 1).spawn(1)[0].spawn(1)[0]))
-    alone += torch.from_numpy(generator.standard_normal(1000))
+    key = sequence(2, 0, 1).spawn(1)[0].generate_state(4).tobytes()
+    alone += torch.from_numpy(Normals(key).draw(0, 1000, 1.0))
     assert torch.equal(noisy, (base.double() + alone).float())
+
+
+def test_the_divisor_is_applied_before_the_one_rounding():
+    base = torch.randn(1000)
+    noisy, alone = base.clone(), torch.zeros(1000, dtype=torch.float64)
+    GaussianNoise(2).add_([noisy], 0.5, divisor=3.0)
+    key = sequence(2, 0, 1).spawn(1)[0].generate_state(4).tobytes()
+    alone += torch.from_numpy(Normals(key).draw(0, 1000, 0.5))
+    assert torch.equal(noisy, ((base.double() + alone) * (1.0 / 3.0)).float())
+    GaussianNoise().add_([base.double(), silent := base.clone()], 0.0, divisor=4.0)
+    assert torch.equal(silent, base / 4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_keeps_the_scale(dtype):
-    tensor = torch.zeros(100_000, dtype=dtype)
-    GaussianNoise().add_([tensor], 3.0)
+    tensor, strided = torch.zeros(100_000, dtype=dtype), torch.zeros(100_000, 3, dtype=dtype)
+    GaussianNoise().add_([tensor, strided[:, 1]], 3.0)
     assert abs(float(tensor.double().std()) / 3 - 1) < 0.02
+    assert abs(float(strided[:, 1].double().std()) / 3 - 1) < 0.02
+    assert not strided[:, ::2].any()
 
 
 def test_bad_scales_and_tensors():
     for scale in (-1.0, float("nan"), float("inf")):
         with pytest.raises(ConfigurationError, match="standard_deviation"):
             GaussianNoise().add_([torch.zeros(2)], scale)
+    for divisor in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ConfigurationError, match="divisor"):
+            GaussianNoise().add_([torch.zeros(2)], 1.0, divisor=divisor)
     with pytest.raises(ConfigurationError, match="int64"):
         GaussianNoise().add_([torch.zeros(2, dtype=torch.int64)], 1.0)

@@ -1,25 +1,31 @@
 """Gaussian noise: its stream, its key, its grid.
 
-Limits, plainly. The normal numbers on a CPU come from numpy's SFC64 generator and ziggurat, on CUDA from torch's
-Philox and Box-Muller; both are keyed by the operating system's entropy, 256 and 64 bits a draw. Neither is proved
-secure against an adversary who recovers the generator's state from released values; that attack needs exact noise
-values, which nobody sees: a released gradient is noise plus an unknown sum, rounded. `torch.Generator` is not used on
-the CPU because it keeps 32 bits of its seed and its float32 normals stop at 5.8 standard deviations.
+Limits, plainly. On a CPU the bits are AES-128's in counter mode, under a key from the operating system's entropy, new
+for each draw: who predicts them breaks AES. On CUDA the numbers are torch's, Philox and Box-Muller under 64 bits of
+entropy, not proved secure against an adversary who recovers the generator's state from released values; that attack
+needs exact noise values, which nobody sees: a released gradient is noise plus an unknown sum, rounded.
+`torch.Generator` is not used on the CPU because it keeps 32 bits of its seed and its float32 normals stop at 5.8
+standard deviations.
 
-Floating point. Noise is drawn in float64, scaled and added to the tensor in float64, and rounded once to the tensor's
-dtype. A float32 gradient therefore sits on a grid 2^29 times coarser than the noise's own, and which float32 values
-can occur does not depend on the data, which is what Mironov's attack needs (Mironov, "On significance of the least
-significant bits for differential privacy", CCS 2012). A float64 tensor has no coarser grid to be rounded to; its noise
-is the scaled sum of four draws, after Holohan and Braghin, "Secure random sampling in differential privacy", 2021.
-This makes the attack impractical; it is not a proof of exact differential privacy in floating point, which needs a
-discrete mechanism.
+Floating point. The noise is added to the tensor, and the sum divided, in float64; the result is rounded once to the
+tensor's dtype (to 16 bits by way of float32). On a CPU the noise lies on steps of 2^-39 standard deviations and finer
+(`dither.normals` says how), on CUDA it is drawn in float64. Near one standard deviation a float32 gradient therefore
+sits on a grid 2^15 times coarser than the noise's own or more, and which float32 values can occur does not depend on
+the data, which is what Mironov's attack needs (Mironov, "On significance of the least significant bits for differential
+privacy", CCS 2012). A float64 tensor has no coarser grid to be rounded to; its noise is the scaled sum of four draws,
+each transformed in float64, after Holohan and Braghin, "Secure random sampling in differential privacy", 2021. This
+makes the attack impractical; it is not a proof of exact differential privacy in floating point, which needs a discrete
+mechanism.
+
+Time. Reading four tensors and writing three, fused AdamW is bound by memory and takes less time than AES needs for the
+bits of the noise. No generator that was measured comes near it; `dither.normals` lists them.
 """
 
 from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -27,8 +33,10 @@ import torch
 from torch import Tensor
 
 from dither.errors import ConfigurationError
+from dither.normals import BLOCK, KEY_BYTES, Normals
 
-_CHUNK = 1 << 17  # numbers drawn at a time: one megabyte of float64, which stays in cache
+_PIECE = 1 << 15  # torch copies longer pieces with threads of its own, inside ours
+_CUDA_CHUNK = 1 << 24
 _DRAWS_IN_FLOAT64 = 4
 _ENTROPY_BITS = 256
 _NOISE, _TORCH, _BATCH = 1, 2, 3  # purposes, so that no two streams of a seeded run coincide
@@ -86,7 +94,12 @@ class GaussianNoise:
         return self._seed is None
 
     def add_(
-        self, tensors: Mapping[str, Tensor] | Iterable[Tensor], standard_deviation: float, *, step: int = 0
+        self,
+        tensors: Mapping[str, Tensor] | Iterable[Tensor],
+        standard_deviation: float,
+        *,
+        step: int = 0,
+        divisor: float = 1.0,
     ) -> None:
         """Add independent noise to every element of every tensor, in place. Call once per logical batch.
 
@@ -94,14 +107,21 @@ class GaussianNoise:
             tensors: floating point, any shapes and devices.
             standard_deviation: of each element's noise, in the tensors' unit; not negative.
             step: index of the logical batch; matters only under a seed.
+            divisor: what the noisy tensors are divided by, in the same pass: a public constant such as the expected
+                batch size.
 
         Raises:
-            ConfigurationError: the standard deviation is negative or not finite, or a tensor is not floating point.
+            ConfigurationError: the standard deviation is negative or not finite, the divisor is not positive and
+                finite, or a tensor is not floating point.
         """
         if not 0.0 <= standard_deviation < math.inf:
             raise ConfigurationError(
                 f"standard_deviation must be finite and at least 0; it is {standard_deviation}.",
                 fix="pass noise_multiplier * sensitivity",
+            )
+        if not 0.0 < divisor < math.inf:
+            raise ConfigurationError(
+                f"divisor must be finite and above 0; it is {divisor}.", fix="pass the expected batch size"
             )
         targets = list(tensors.values() if isinstance(tensors, Mapping) else tensors)
         for tensor in targets:
@@ -110,64 +130,97 @@ class GaussianNoise:
                     f"Noise needs floating-point tensors; one of shape {tuple(tensor.shape)} is {tensor.dtype}.",
                     fix="pass gradients",
                 )
-        keys = sequence(self._seed, step, _NOISE).spawn(len(targets))
-        if standard_deviation == 0.0:
-            return
         with torch.no_grad():
-            on_cpu = [(t, key) for t, key in zip(targets, keys, strict=True) if t.device.type != "cuda"]
-            for tensor, key in zip(targets, keys, strict=True):
+            if standard_deviation == 0.0:
+                for tensor in targets:
+                    tensor.div_(divisor)
+                return
+            keys = sequence(self._seed, step, _NOISE).spawn(2 + len(targets))
+            for tensor, key in zip(targets, keys[2:], strict=True):
                 if tensor.device.type == "cuda":
-                    _add_cuda(tensor, standard_deviation, key)
-            _add_cpu(on_cpu, standard_deviation)
+                    _add_cuda(tensor, standard_deviation, divisor, key)
+            on_cpu = [tensor for tensor in targets if tensor.device.type != "cuda"]
+            for wide in (False, True):
+                chosen = [tensor for tensor in on_cpu if (tensor.dtype == torch.float64) == wide]
+                if chosen:
+                    _add_cpu(chosen, standard_deviation, divisor, self._aes_key(keys[wide]), wide)
+
+    def _aes_key(self, derived: np.random.SeedSequence) -> bytes:
+        if self._seed is None:
+            return secrets.token_bytes(KEY_BYTES)
+        return derived.generate_state(KEY_BYTES // 4).tobytes()
 
 
-def _draws(tensor: Tensor) -> int:
-    return _DRAWS_IN_FLOAT64 if tensor.dtype == torch.float64 else 1
+def _add_cpu(tensors: list[Tensor], standard_deviation: float, divisor: float, key: bytes, wide: bool) -> None:
+    """Blocks of the stream go to the tensors end to end, so that the result does not depend on the threads."""
+    flats = [t.view(-1) if _in_place(t) else t.cpu().reshape(-1) for t in tensors]
+    blocks = list(enumerate(_blocks(flats)))
+    threads = max(1, min(torch.get_num_threads(), len(blocks)))
+    size = min(BLOCK, sum(flat.numel() for flat in flats))
 
+    def work(first: int) -> None:
+        normals, buffer = Normals(key, size, wide=wide), torch.empty(size, dtype=torch.float64)
+        with torch.no_grad():  # the mode is per thread
+            for number, pieces in blocks[first::threads]:
+                _add_block(normals, number, pieces, buffer, standard_deviation, divisor)
 
-def _add_cpu(targets: list[tuple[Tensor, np.random.SeedSequence]], standard_deviation: float) -> None:
-    """Every chunk has its own key, so that the result does not depend on the number of threads."""
-    jobs = []
-    for tensor, key in targets:
-        in_place = tensor.device.type == "cpu" and tensor.is_contiguous()
-        flat = tensor.view(-1) if in_place else tensor.cpu().reshape(-1)
-        starts = range(0, flat.numel(), _CHUNK)
-        chunks = [flat[start : start + _CHUNK] for start in starts]
-        jobs.append((tensor, None if in_place else flat, list(zip(chunks, key.spawn(len(starts)), strict=True))))
-    work = [(chunk, key, standard_deviation, _draws(tensor)) for tensor, _, chunks in jobs for chunk, key in chunks]
-    threads = min(torch.get_num_threads(), len(work))
     if threads > 1:
         with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(_add_chunk, work))
+            list(pool.map(work, range(threads)))
     else:
-        for item in work:
-            _add_chunk(item)
-    for tensor, copy, _ in jobs:
-        if copy is not None:
-            tensor.copy_(copy.view(tensor.shape))
+        work(0)
+    for tensor, flat in zip(tensors, flats, strict=True):
+        if not _in_place(tensor):
+            tensor.copy_(flat.view(tensor.shape))
 
 
-def _add_chunk(work: tuple[Tensor, np.random.SeedSequence, float, int]) -> None:
-    chunk, key, standard_deviation, draws = work
-    generator = np.random.Generator(np.random.SFC64(key))
-    normal = generator.standard_normal(chunk.numel())
-    for _ in range(draws - 1):
-        normal += generator.standard_normal(chunk.numel())
-    normal *= standard_deviation / math.sqrt(draws)
-    with torch.no_grad():  # the mode is per thread
-        chunk.copy_(torch.from_numpy(normal).add_(chunk))
+def _in_place(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and tensor.is_contiguous()
 
 
-def _add_cuda(tensor: Tensor, standard_deviation: float, key: np.random.SeedSequence) -> None:
+def _blocks(flats: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Cut flat tensors, laid end to end, into lists of pieces with BLOCK elements together; the last has the rest."""
+    pieces: list[Tensor] = []
+    room = BLOCK
+    for flat in flats:
+        start = 0
+        while start < flat.numel():
+            piece = flat[start : start + min(room, _PIECE)]
+            pieces.append(piece)
+            start, room = start + piece.numel(), room - piece.numel()
+            if not room:
+                yield pieces
+                pieces, room = [], BLOCK
+    if pieces:
+        yield pieces
+
+
+def _add_block(
+    normals: Normals, number: int, pieces: list[Tensor], buffer: Tensor, standard_deviation: float, divisor: float
+) -> None:
+    sizes = [piece.numel() for piece in pieces]
+    buffer = buffer[: sum(sizes)]
+    places = buffer.split(sizes)
+    for place, piece in zip(places, pieces, strict=True):
+        place.copy_(piece)
+    values = buffer.numpy()
+    np.add(values, normals.draw(number, len(values), standard_deviation), out=values)
+    if divisor != 1.0:
+        np.multiply(values, 1.0 / divisor, out=values)  # seven times faster than dividing
+    for place, piece in zip(places, pieces, strict=True):
+        piece.copy_(place)
+
+
+def _add_cuda(tensor: Tensor, standard_deviation: float, divisor: float, key: np.random.SeedSequence) -> None:
     generator = torch.Generator(tensor.device)
     generator.manual_seed(int(key.generate_state(1, np.uint64)[0] >> np.uint64(1)))
-    draws = _draws(tensor)
+    draws = _DRAWS_IN_FLOAT64 if tensor.dtype == torch.float64 else 1
     flat = tensor.view(-1) if tensor.is_contiguous() else tensor.reshape(-1)
-    for start in range(0, flat.numel(), 1 << 24):
-        chunk = flat[start : start + (1 << 24)]
+    for start in range(0, flat.numel(), _CUDA_CHUNK):
+        chunk = flat[start : start + _CUDA_CHUNK]
         normal = torch.zeros(chunk.numel(), dtype=torch.float64, device=tensor.device)
         for _ in range(draws):
             normal += torch.randn(normal.shape, dtype=torch.float64, device=tensor.device, generator=generator)
-        chunk.copy_(normal.mul_(standard_deviation / math.sqrt(draws)).add_(chunk))
+        chunk.copy_(normal.mul_(standard_deviation / math.sqrt(draws)).add_(chunk).div_(divisor))
     if flat.data_ptr() != tensor.data_ptr():
         tensor.copy_(flat.view(tensor.shape))

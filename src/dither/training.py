@@ -228,11 +228,13 @@ class PrivateTraining:
         with self._randomness(index):
             tally = self._sum_clipped(indices)
         assert self._sums is not None
-        self._noise.add_(self._sums, self.noise_multiplier * self.sensitivity, step=index)
+        # Added and divided in one pass; the divisor is a public constant.
+        scale = self.noise_multiplier * self.sensitivity
+        self._noise.add_(self._sums, scale, step=index, divisor=self.sampler.expected_batch_size)
         # From here the noisy sum counts as released, whatever interrupts the rest of the step.
         self.ledger.record(self.sampler.sample_rate, self.noise_multiplier)
         for name, parameter in self.parameters.items():
-            parameter.grad = self._sums[name].div_(self.sampler.expected_batch_size)
+            parameter.grad = self._sums[name]
         self.optimizer.step()
         if self.scheduler is not None:
             self.scheduler.step()
@@ -244,9 +246,8 @@ class PrivateTraining:
         for parameter in self.parameters.values():
             parameter.grad = None
         if self._sums is None:
-            self._sums = {name: torch.zeros_like(p, requires_grad=False) for name, p in self.parameters.items()}
-        for total in self._sums.values():
-            total.zero_()
+            self._sums = {name: torch.empty_like(p, requires_grad=False) for name, p in self.parameters.items()}
+        torch._foreach_zero_(list(self._sums.values()))
         tally = _Tally()
         for chosen in self.microbatches.split(indices):
             batch = load_batch(self._dataset, chosen, self._collate_fn)

@@ -20,6 +20,8 @@ from dither.diffusion.loss import DiffusionLoss
 from dither.diffusion.process import Prediction, Process, Weighting
 from dither.errors import ConfigurationError
 
+_FUSED = ("cpu", "cuda")  # where torch 2.6 has Adam as one kernel, which reads the gradients once
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -91,7 +93,8 @@ def build_loss(recipe: Recipe, num_classes: int) -> DiffusionLoss:
 def build_optimizer(recipe: Recipe, model: nn.Module) -> tuple[torch.optim.Optimizer, LambdaLR]:
     """Build Adam and its learning-rate schedule over the recipe's steps; step both once per logical batch."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.Adam(parameters, lr=recipe.learning_rate)
+    fused = all(parameter.device.type in _FUSED for parameter in parameters)
+    optimizer = torch.optim.Adam(parameters, lr=recipe.learning_rate, fused=fused)
 
     def factor(step: int) -> float:
         left = max(0.0, 1 - step / recipe.steps)
