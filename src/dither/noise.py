@@ -135,20 +135,20 @@ class GaussianNoise:
                 for tensor in targets:
                     tensor.div_(divisor)
                 return
-            keys = sequence(self._seed, step, _NOISE).spawn(2 + len(targets))
-            for tensor, key in zip(targets, keys[2:], strict=True):
-                if tensor.device.type == "cuda":
+            on_cuda = [tensor for tensor in targets if tensor.device.type == "cuda"]
+            if on_cuda:
+                keys = sequence(self._seed, step, _NOISE).spawn(2 + len(on_cuda))
+                for tensor, key in zip(on_cuda, keys[2:], strict=True):
                     _add_cuda(tensor, standard_deviation, divisor, key)
-            on_cpu = [tensor for tensor in targets if tensor.device.type != "cuda"]
             for wide in (False, True):
-                chosen = [tensor for tensor in on_cpu if (tensor.dtype == torch.float64) == wide]
+                chosen = [t for t in targets if t.device.type != "cuda" and (t.dtype == torch.float64) == wide]
                 if chosen:
-                    _add_cpu(chosen, standard_deviation, divisor, self._aes_key(keys[wide]), wide)
+                    _add_cpu(chosen, standard_deviation, divisor, self._aes_key(step, wide), wide)
 
-    def _aes_key(self, derived: np.random.SeedSequence) -> bytes:
+    def _aes_key(self, step: int, wide: bool) -> bytes:
         if self._seed is None:
             return secrets.token_bytes(KEY_BYTES)
-        return derived.generate_state(KEY_BYTES // 4).tobytes()
+        return sequence(self._seed, step, _NOISE).spawn(2)[wide].generate_state(KEY_BYTES // 4).tobytes()
 
 
 def _add_cpu(tensors: list[Tensor], standard_deviation: float, divisor: float, key: bytes, wide: bool) -> None:
