@@ -11,7 +11,7 @@ from scipy import stats
 
 from dither.errors import ConfigurationError
 from dither.noise import GaussianNoise, sequence
-from dither.normals import BLOCK, Normals
+from dither.normals import _STEP, _VARIANCE, BLOCK, Normals
 
 N = 1_000_000
 
@@ -48,11 +48,38 @@ def test_the_radius_reaches_nine_standard_deviations(bits, radius, wide):
     """The transform of chosen bits, at an angle of a quarter turn."""
     normals = Normals(bytes(16), 2, wide=wide)
     normals._bits[:12] = bits.to_bytes(8, sys.byteorder) + (2**30).to_bytes(4, sys.byteorder)
-    assert normals._transform(1)[1] * 2.0**-39 == pytest.approx([0.0, radius], abs=1e-3)
+    assert normals._transform(1) == pytest.approx([0.0, radius], abs=1e-3)
 
 
-def test_numbers_lie_between_those_of_float32():
-    """At float32's own grid near 1, and at steps 2^8 times finer: each of 256 cells is as likely as the others."""
+def test_the_numbers_lie_on_no_grid():
+    """A grid of step 1/f shows as a mean of exp(2 pi i f x) that is not near 0: float32's, and the dither's.
+
+    Without the dither too: what little it lets through must not be there.
+    """
+    normals, dithered, plain, blocks = Normals(b"sixteen bytes ok"), [], [], 40
+    for block in range(blocks):
+        dithered.append(normals.draw(block, BLOCK, _VARIANCE**0.5).copy())
+        plain.append(normals._transform(BLOCK // 2).copy())
+    for drawn, steps in ((plain, (2.0**22, 2.0**23, 2.0**24, 2.0**25)), (dithered, (2.0**24, 2.0**39, 1.0 / _STEP))):
+        numbers = np.concatenate(drawn)
+        for step in steps:
+            phase = 2 * np.pi * ((numbers * step) % 1.0)
+            assert np.hypot(np.cos(phase).mean(), np.sin(phase).mean()) < 5 / numbers.size**0.5, step
+
+
+def test_the_dither_is_uniform_and_independent_of_what_it_is_added_to():
+    normals = Normals(b"sixteen bytes ok")
+    drawn = normals.draw(0, BLOCK, _VARIANCE**0.5).copy()
+    plain = normals._transform(BLOCK // 2)
+    dither = (drawn - plain) * 2.0**8
+    assert stats.kstest(dither, "uniform", args=(-1, 2)).pvalue > 1e-4
+    x, y = plain.reshape(2, -1)
+    for others in (plain, np.tile(np.arctan2(y, x), 2), np.tile(x * x + y * y, 2), np.roll(dither, BLOCK // 2)):
+        assert abs(np.corrcoef(dither, others)[0, 1]) < 5 / BLOCK**0.5
+
+
+def test_every_cell_of_float32_below_one_is_as_likely_as_the_others():
+    """At float32's own grid, and at steps 2^8 times finer."""
     normals, cells = Normals(b"sixteen bytes ok"), np.zeros((2, 256))
     for block in range(50):
         drawn = normals.draw(block, BLOCK, 1.0)

@@ -148,7 +148,7 @@ class GaussianNoise:
     def _aes_key(self, step: int, wide: bool) -> bytes:
         if self._seed is None:
             return secrets.token_bytes(KEY_BYTES)
-        return sequence(self._seed, step, _NOISE).spawn(2)[wide].generate_state(KEY_BYTES // 4).tobytes()
+        return bytes(sequence(self._seed, step, _NOISE).spawn(2)[wide].generate_state(KEY_BYTES // 4))
 
 
 def _add_cpu(tensors: list[Tensor], standard_deviation: float, divisor: float, key: bytes, wide: bool) -> None:
