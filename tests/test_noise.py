@@ -42,6 +42,21 @@ def test_the_tails_and_the_moments_of_twenty_million_draws():
         assert abs(seen - expected) < 5 * expected**0.5, bound
 
 
+@pytest.mark.parametrize("bound", [1.0, 3.0, 4.5, 6.0, 7.0])
+def test_the_tails_of_the_transform_are_the_normal_ones(bound):
+    """By a lattice of bits in place of random ones, over the radii above the bound: 655,360 pairs."""
+    normals, pairs, blocks, beyond = Normals(bytes(16)), BLOCK // 2, 20, 0
+    radii_beyond = np.exp(-(bound**2) / 2)
+    for block in range(blocks):
+        i = np.arange(block * pairs, (block + 1) * pairs)
+        u = (i + 0.5) / (blocks * pairs) * radii_beyond
+        turn = (i * (5**0.5 - 1) / 2) % 1.0 - 0.5
+        integers = (u * 2.0**63).astype(np.int64), (turn * 2.0**32).astype(np.int32)
+        normals._bits[: 12 * pairs] = b"".join(array.tobytes() for array in integers)
+        beyond += np.count_nonzero(np.abs(normals._transform(pairs)) > bound)
+    assert radii_beyond * beyond / (2 * blocks * pairs) == pytest.approx(2 * stats.norm.sf(bound), rel=5e-4)
+
+
 @pytest.mark.parametrize(("bits", "radius"), [(0, 9.346), (1, 9.346), (2**62, 1.1774), (2**63 - 1, 0.0)])
 @pytest.mark.parametrize("wide", [False, True])
 def test_the_radius_reaches_nine_standard_deviations(bits, radius, wide):

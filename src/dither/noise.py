@@ -17,8 +17,8 @@ each transformed in float64, after Holohan and Braghin, "Secure random sampling 
 makes the attack impractical; it is not a proof of exact differential privacy in floating point, which needs a discrete
 mechanism.
 
-Time. Reading four tensors and writing three, fused AdamW is bound by memory and takes less time than AES needs for the
-bits of the noise. No generator that was measured comes near it; `dither.normals` lists them.
+Time. A step of fused AdamW is bound by memory and takes no longer than AES needs for the noise's bits alone: on one or
+two cores noise costs five to ten such steps. `dither.normals` lists what was measured.
 """
 
 from __future__ import annotations

@@ -84,7 +84,8 @@ class PrivateTraining:
 
     Args:
         model: any module; every parameter with requires_grad is trained. It is not wrapped or changed.
-        optimizer: any torch optimizer over parameters of the model.
+        optimizer: any torch optimizer over parameters of the model. Where torch has one, `fused=True` makes AdamW's
+            step several times faster.
         dataset: map-style; the example is the unit of privacy, so one person's several examples are not protected
             together.
         loss_fn: (model, batch) to one loss per example, shape (b,); example i's loss may depend on example i alone.
