@@ -36,6 +36,10 @@ class BatchSizeError(ConfigurationError):
     """The expected batch size does not fit the dataset."""
 
 
+class MemoryBudgetError(ConfigurationError):
+    """Per-example gradients that have to be formed take more memory than the budget."""
+
+
 class EmptyDatasetError(ConfigurationError):
     """The dataset has no examples."""
 

@@ -21,6 +21,7 @@ from dither.capture.declared import follow
 from dither.certificate import certificate
 from dither.clipping import clipped_sum, verify
 from dither.clipping.functions import clipping_function
+from dither.clipping.machine import builtin_rates
 from dither.clipping.plan import check_strategy
 from dither.clipping.verify import RandomState
 from dither.errors import CaptureError, ConfigurationError, LedgerError, LossShapeError
@@ -335,11 +336,11 @@ class PrivateTraining:
 
     @contextmanager
     def _randomness(self, index: int) -> Iterator[None]:
-        """Under a seed, torch's own random numbers follow from (seed, step) too."""
+        """Under a seed, torch's own random numbers follow from (seed, step) too, and no measurement decides anything."""
         if self.seed is None:
             yield
             return
-        with torch.random.fork_rng(devices=self._cuda_devices()):
+        with torch.random.fork_rng(devices=self._cuda_devices()), builtin_rates():
             torch.manual_seed(torch_seed(self.seed, index))
             yield
 

@@ -84,9 +84,10 @@ class CustomNodes:
 
 
 def _is_custom(node: Any) -> bool:
+    name: str = node.name()
     if isinstance(node, BackwardCFunction):
-        return bool(node.name() != OWN)
-    return "CppNode" in node.name()
+        return name != OWN
+    return "CppNode" in name
 
 
 def _listen(node: Any, calls: Iterable[int], deliver: Callable[[int, Any, Tensor], None]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -65,7 +64,8 @@ def clipped_sum(
         strategy: "auto", "hold", "ghost", "tile" or "two_pass"; changes time and memory, never the result.
         rows_per_example: k, if the model sees k consecutive rows for each example (k noise draws of one image); the
             layout is found without it, and checked against it.
-        memory_budget: bytes that held per-example gradients may take; None for half of the free memory.
+        memory_budget: bytes that held per-example gradients may take; None for half of the free memory. What has to be
+            held (a parameter used several times, in ways whose rows cannot be multiplied) is refused beyond it.
         into: tensors by parameter name; the sum is added to them in place (accumulation over micro-batches).
         randomness: of a random operation that takes a parameter and has no rule: "different" numbers for each example,
             as plain PyTorch draws them; the "same" numbers for each; or an "error".
@@ -75,6 +75,7 @@ def clipped_sum(
 
     Raises:
         UnknownStrategyError: no such strategy.
+        MemoryBudgetError: what has to be held takes more than memory_budget.
         LossShapeError: the loss is not of shape (B,).
         CoupledExamplesError: an example's loss depends on another example.
         CoverageError: a parameter receives gradient around the recorder.
@@ -85,14 +86,11 @@ def clipped_sum(
     recording = Recording(model, loss_fn, _check_randomness(randomness))
     _check_rows(recording, rows_per_example)
     sums = _sums(recording.parameters, into)
-    budget = memory_budget
-    if budget is None and strategy == "auto":
-        budget = free_memory(recording.losses.device) / 2
-    gradients = Gradients([recording], strategy, budget)
+    gradients = Gradients([recording], strategy, memory_budget)
     two_pass = strategy == "two_pass"
     norms = _collect(recording, gradients, two_pass)
     if two_pass and not gradients.complete:  # rare: what was forgotten is needed after all
-        gradients, two_pass = Gradients([recording], "tile", budget), False
+        gradients, two_pass = Gradients([recording], "tile", memory_budget), False
         norms = _collect(recording, gradients, False)
     factors, dropped = clip.factors(norms), None
     if not gradients.complete:
@@ -160,7 +158,7 @@ def _collect(recording: Recording, gradients: Gradients, forget: bool) -> Tensor
         collector = gradients.collectors.get(use.name)
         if forget and isinstance(collector, NotFormed):
             collector.forget()
-        return not forget and isinstance(collector, NotFormed)
+        return gradients.keeps_inputs(use)
 
     if recording.batch:
         recording.backward(receive, keep_graph=forget)
@@ -174,7 +172,7 @@ def _second_pass(recording: Recording, gradients: Gradients, factors: Tensor, su
     def receive(use: ParamUse, grad_output: Tensor) -> bool:
         if isinstance(gradients.collectors.get(use.name), NotFormed):
             use.rule.add_weighted_sum(use, grad_output, factors, sums[use.name])
-        return False
+        return gradients.keeps_inputs(use)
 
     recording.backward(receive)
 
@@ -217,13 +215,3 @@ def _check_randomness(randomness: str) -> str:
             f"randomness must be 'different', 'same' or 'error'; it is {randomness!r}.", fix="'different'"
         )
     return randomness
-
-
-def free_memory(device: torch.device) -> float:
-    """Free bytes on a device; of the machine for a CPU."""
-    if device.type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[0])
-    try:
-        return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    except (ValueError, OSError, AttributeError):
-        return float(2**31)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dither.capture.uses import ParamUse
+from dither.rules.crossing import crossed_norm
 from dither.rules.rule import add_weighted, squared_rows
 
 
@@ -19,6 +20,11 @@ class Collector(Protocol):
     """One parameter's per-example gradients, formed or not."""
 
     strategy: str
+
+    @property
+    def keeps_inputs(self) -> bool:
+        """Whether the inputs of what was received are needed until the sum."""
+        ...
 
     def receive(self, use: ParamUse, grad_output: Tensor) -> None:
         """Take the output gradient of a use."""
@@ -64,6 +70,7 @@ class Held:
     """Forms and keeps the gradients of a parameter that is used once."""
 
     strategy = "hold"
+    keeps_inputs = False
 
     def __init__(self, buffers: Buffers) -> None:
         self._buffers = buffers
@@ -104,6 +111,11 @@ class NotFormed:
         norm = use.rule.squared_norm if self.strategy == "ghost" else use.rule.tile_squared_norm
         self._squared = norm(use, grad_output)
 
+    @property
+    def keeps_inputs(self) -> bool:
+        """Until it is told to forget."""
+        return self._kept is not None
+
     def forget(self) -> None:
         """Drop the tensors, keep the norm (for two passes)."""
         self._kept = None
@@ -127,16 +139,50 @@ class NotFormed:
             use.rule.add_weighted_sum(use, grad_output, weights, into)
 
 
-class Added:
-    """Forms the gradients of every use and adds them per example: several uses, or tensors computed from the parameter.
+class Crossed:
+    """Keeps inputs and output gradients of all uses of a parameter; multiplies each use's rows with every other's."""
 
-    `pulled` gives, for a use of a computed tensor, its gradients pulled back to the parameter.
-    """
+    strategy = "cross"
+    keeps_inputs = True
+
+    def __init__(self) -> None:
+        self._kept: list[tuple[ParamUse, Tensor]] = []
+
+    def receive(self, use: ParamUse, grad_output: Tensor) -> None:
+        """Keep them: the norm needs all."""
+        self._kept.append((use, grad_output))
+
+    def squared_norm(self) -> Tensor | None:
+        """From the products of all rows."""
+        if len(self._kept) == 1:
+            use, grad_output = self._kept[0]
+            alone: Tensor = use.rule.squared_norm(use, grad_output)
+            return alone
+        return crossed_norm([use.rule.row_factors(use, g) for use, g in self._kept]) if self._kept else None
+
+    def formed(self) -> Tensor | None:
+        """Formed now, for the rare examples that need it."""
+        every = Added()
+        for use, grad_output in self._kept:
+            every.receive(use, grad_output)
+        return every.formed()
+
+    def add_weighted_sum(self, weights: Tensor, into: Tensor) -> None:
+        """One weighted product a use."""
+        for use, grad_output in self._kept:
+            use.call.check_unchanged()
+            use.rule.add_weighted_sum(use, grad_output, weights, into)
+
+
+class Added:
+    """Forms each use's gradients and adds them per example: several uses, or tensors computed from the parameter."""
 
     strategy = "form"
+    keeps_inputs = False
 
     def __init__(self) -> None:
         self._gradients: Tensor | None = None
+        self._own = False
 
     def receive(self, use: ParamUse, grad_output: Tensor) -> None:
         """Form and add."""
@@ -144,7 +190,12 @@ class Added:
 
     def add(self, gradients: Tensor) -> None:
         """Add per-example gradients (B, *shape)."""
-        self._gradients = gradients if self._gradients is None else self._gradients + gradients
+        if self._gradients is None:
+            self._gradients = gradients
+        elif self._own and self._gradients.dtype == gradients.dtype:
+            self._gradients += gradients
+        else:  # the first may be a view of an output gradient, which is not ours to change
+            self._gradients, self._own = self._gradients + gradients, True
 
     def squared_norm(self) -> Tensor | None:
         """Of the sum of all uses."""

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from dither.capture.coverage import leaves_of
 from dither.capture.uses import ParamUse
-from dither.clipping.collectors import Added, Collector, Held, NotFormed, pull_back
+from dither.clipping.collectors import Added, Buffers, Collector, Crossed, Held, NotFormed, pull_back
 from dither.clipping.functions import all_finite
-from dither.clipping.plan import Plan, PlannedUse, choose
+from dither.clipping.machine import free_memory
+from dither.clipping.plan import Candidate, Plan, make_plan
 from dither.clipping.recording import Recorded
 
 
@@ -21,7 +22,7 @@ class Gradients:
     Args:
         recordings: the recorded forwards, of the same examples.
         strategy: one of dither.clipping.plan.STRATEGIES.
-        memory_budget: bytes that held gradients may take; None for no bound.
+        memory_budget: bytes that held gradients may take; None for half of the free memory with "auto", else no bound.
     """
 
     def __init__(self, recordings: Sequence[Recorded], strategy: str, memory_budget: float | None) -> None:
@@ -31,26 +32,40 @@ class Gradients:
         uses = [use for recording in recordings for use in recording.tape.uses]
         self.collectors: dict[str, Collector] = {}
         self._leaves: dict[int, list[str]] = {}
-        planned = []
-        left = float("inf") if memory_budget is None else float(memory_budget)
-        counts: dict[str, int] = {}
-        for use in uses:
+        self.plan = recordings[0].planned(
+            None if len(recordings) > 1 else (strategy, memory_budget),
+            lambda: self._make_plan(uses, strategy, memory_budget),
+        )
+        for use, planned in zip(uses, self.plan.uses, strict=True):
             for name in self._leaves_of(use):
-                counts[name] = counts.get(name, 0) + 1
-        for use in uses:
-            direct = id(use.parameter) in self._names
-            chosen = "form"
-            if direct and counts[use.name] == 1 and use.axis is not None:
-                chosen = choose(use, strategy, left)
-                self.collectors[use.name] = Held(recordings[0].buffers) if chosen == "hold" else NotFormed(chosen)
-            for name in self._leaves_of(use):
-                self.collectors.setdefault(name, Added())
-            held = 0 if use.axis is None or chosen in ("ghost", "tile") else int(use.rule.cost(use).held_bytes)
-            left -= held
-            planned.append(PlannedUse(use.name, use.call.name, chosen, held))
-        self.plan = Plan(tuple(planned))
+                self.collectors.setdefault(name, _collector(planned.strategy, recordings[0].buffers))
         self.complete = True
         """Whether every norm that was last given is finite."""
+
+    def _make_plan(self, uses: Sequence[ParamUse], strategy: str, memory_budget: float | None) -> Plan:
+        budget = memory_budget
+        if budget is None and strategy == "auto":
+            budget = free_memory(self._device) / 2
+        return make_plan(self._candidates(uses), strategy, budget, memory_budget is not None, self._device)
+
+    def _candidates(self, uses: Sequence[ParamUse]) -> list[Candidate]:
+        of: dict[str, list[ParamUse]] = {}
+        for use in uses:
+            for name in self._leaves_of(use):
+                of.setdefault(name, []).append(use)
+        crosses = {
+            name: all(id(u.parameter) in self._names and (u.axis is None or u.rule.crosses(u)) for u in found)
+            for name, found in of.items()
+        }
+        return [
+            Candidate(
+                use,
+                id(use.parameter) in self._names,
+                max((len(of[name]) for name in self._leaves_of(use)), default=1),
+                crosses.get(use.name, False),
+            )
+            for use in uses
+        ]
 
     def _leaves_of(self, use: ParamUse) -> list[str]:
         """Names of the parameters behind a use."""
@@ -76,9 +91,10 @@ class Gradients:
             if gradient is not None and isinstance(collector, Added):
                 collector.add(gradient)
 
-    def is_formed(self, use: ParamUse) -> bool:
-        """Whether a use's gradients are formed as they arrive, so that its inputs are not needed afterwards."""
-        return not isinstance(self.collectors.get(use.name), NotFormed)
+    def keeps_inputs(self, use: ParamUse) -> bool:
+        """Whether a use's inputs are needed until the sum: its gradients were not formed as they arrived."""
+        collector = self.collectors.get(use.name)
+        return collector is not None and collector.keeps_inputs
 
     def formed(self, name: str) -> Tensor | None:
         """A parameter's per-example gradients, (B, *shape); None if no gradient arrived."""
@@ -134,3 +150,11 @@ class Gradients:
                 kept = Added()
                 kept.add(gradients[~dropped])
                 kept.add_weighted_sum(weights[~dropped], into[name])
+
+
+def _collector(strategy: str, buffers: Buffers) -> Collector:
+    if strategy == "hold":
+        return Held(buffers)
+    if strategy == "cross":
+        return Crossed()
+    return Added() if strategy == "form" else NotFormed(strategy)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,6 +25,7 @@ class Memory:
     buffers: Buffers = field(default_factory=Buffers)
     relative: dict[int, dict[int, ExampleAxis]] = field(default_factory=dict)
     proved: dict[Any, int] = field(default_factory=dict)
+    plans: dict[Any, Any] = field(default_factory=dict)
     passes: int = 0
     _constants: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
 
@@ -70,6 +71,14 @@ class Memory:
         kept = {index: before.get(index) if axis is None else axis for index, axis in axes.items()}
         self.axes[hash(signature)] = kept
         return kept
+
+    def plan(self, key: Any, make: Callable[[], Any]) -> Any:
+        """The plan kept for a key, or made now."""
+        if key not in self.plans:
+            if len(self.plans) >= _KEPT_LAYOUTS:
+                self.plans.clear()
+            self.plans[key] = make()
+        return self.plans[key]
 
     def forget(self, signature: Any) -> None:
         """Nothing is known of a signature any more: its proof failed."""

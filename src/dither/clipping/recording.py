@@ -86,6 +86,7 @@ class Recorded:
         self.undecided = False
         self.likely: dict[int, ExampleAxis] = {}
         self._memory = memory_of(model)
+        self._signed: int | None = None
         self._trace: tuple[Any, ...] = ()
         self._reorders = False
         self.replaying: Replaying | None = None
@@ -142,12 +143,14 @@ class Recorded:
             CaptureError: its kinds, as `decide_examples`.
         """
         functions = hash(tuple(function for function, *_ in self._trace))
-        kept = self._memory.recall(self._signature(context), (functions, role))
+        signature = self._signature(context)
+        self._signed = None if signature is None else hash(signature)
+        kept = self._memory.recall(signature, (functions, role))
         anew = kept is None
         try:
             axes = self.decide_anew(probe, known, context) if kept is None else {**kept}
         except CaptureError:
-            self._memory.forget(self._signature(context))
+            self._memory.forget(signature)
             raise
         self.undecided = any(axis is None for axis in axes.values())
         with_axes(self.tape, axes)
@@ -175,6 +178,15 @@ class Recorded:
         )
         self.likely = self._memory.likely(trace, self.batch, regular)
         return {**regular}
+
+    def planned(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What was planned for the same operations and key, or what `make` gives now.
+
+        None as a key, operations whose places are not kept and places that are still undecided: always anew.
+        """
+        if key is None or self._signed is None or self.undecided:
+            return make()
+        return self._memory.plan((self._signed, key), make)
 
     def _signature(self, context: Any) -> Any:
         """What must be the same for decided places to hold: every operation, its options, and every output's shape.

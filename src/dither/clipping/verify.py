@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dither.capture.coverage import check_loss, leaves_of
-from dither.clipping.clipped_sum import ClippedSum, clipped_sum, free_memory, per_example_gradients
+from dither.clipping.clipped_sum import ClippedSum, clipped_sum, per_example_gradients
 from dither.clipping.gradients import Gradients
 from dither.clipping.plan import STRATEGIES, check_strategy
 from dither.clipping.recording import LossFunction, Recording, trainable
@@ -118,7 +118,7 @@ def _uses(model: nn.Module, loss_fn: LossFunction) -> tuple[tuple[VerifiedUse, .
             "loss_fn returned no losses: with no example nothing can be verified.", fix="give at least two examples"
         )
     names = {id(p): name for name, p in recording.parameters.items()}
-    plan = Gradients([recording], "auto", free_memory(recording.losses.device) / 2).plan
+    plan = Gradients([recording], "auto", None).plan
     found = []
     for planned, use in zip(plan.uses, recording.tape.uses, strict=True):
         own = names.get(id(use.parameter))

@@ -179,7 +179,7 @@ def _adding(
         for use in uses.get(call, []):
             if use.axis is not None and isinstance(gradients.collectors.get(use.name), NotFormed):
                 use.rule.add_weighted_sum(use, gradient, weights, sums[use.name])
-        if call in uses:
+        if call in uses and not any(gradients.keeps_inputs(use) for use in uses[call]):
             recording.tape.calls[call].conceal()
 
     return sink

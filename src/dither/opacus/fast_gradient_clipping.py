@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dither.clipping.clipped_sum import free_memory
 from dither.clipping.gradients import Gradients
 from dither.clipping.plan import Plan, check_strategy
 from dither.errors import CoverageError
@@ -60,9 +59,7 @@ class GradSampleHooksFastGradientClipping(GradSampleHooks, stock.GradSampleHooks
             CoverageError: the recordings have different numbers of examples.
         """
         check_same_batch(recordings)
-        budget = self.memory_budget
-        left = free_memory(recordings[0].device) / 2 if budget is None else budget
-        gradients = Gradients(recordings, strategy or self.strategy, left)
+        gradients = Gradients(recordings, strategy or self.strategy, self.memory_budget)
         for recording in recordings:
             recording.tape.sink = receiver(recording, gradients, scale, forget)
         self.plan = gradients.plan

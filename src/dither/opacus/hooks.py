@@ -234,11 +234,13 @@ def receiver(recording: ModuleRecording, gradients: Gradients, scale: float, for
     """A sink that hands output gradients, times `scale`, to the collectors; `forget`: which keep norms only."""
     uses = recording.uses_by_call()
 
-    def receive(use: ParamUse, gradient: Tensor) -> None:
+    def receive(use: ParamUse, gradient: Tensor) -> bool:
+        """Whether the use's inputs are needed afterwards."""
         gradients.receive(use, gradient)
         collector = gradients.collectors.get(use.name)
         if forget and isinstance(collector, NotFormed):
             collector.forget()
+        return gradients.keeps_inputs(use)
 
     def sink(call: int, gradient: Tensor) -> None:
         if call < 0 or not recording.batch:  # an input's
@@ -249,12 +251,11 @@ def receiver(recording: ModuleRecording, gradients: Gradients, scale: float, for
                 recording.late.append((call, gradient))
             return
         recording.tape.calls[call].check_unchanged()
-        for use in uses[call]:
-            receive(use, gradient)
-        formed = all(gradients.is_formed(use) for use in uses[call])
-        if formed or forget:
-            recording.tape.calls[call].conceal()
-        if formed and not recording.keeps_inputs:
+        needed = [receive(use, gradient) for use in uses[call]]
+        if any(needed):
+            return
+        recording.tape.calls[call].conceal()
+        if not (forget or recording.keeps_inputs):
             recording.tape.calls[call].release()
 
     recording.receive = receive

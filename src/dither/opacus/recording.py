@@ -99,7 +99,7 @@ class ModuleRecording(Recorded):
     def end_pass(self) -> None:
         """Forget what holds on to the graph, which holds on to this recording: no collector sees that circle."""
         self.decide_again: Callable[[], Any] = lambda: None
-        self.receive: Callable[[ParamUse, Tensor], None] = lambda use, gradient: None
+        self.receive: Callable[[ParamUse, Tensor], bool] = lambda use, gradient: False
         self.edges: Mapping[int, GradientEdge] = {}
         self.late.clear()
 

@@ -197,11 +197,13 @@ class Contraction(Rule):
         form = self._form(use)
         held = float(use.batch * use.parameter.numel() * use.parameter.element_size())
         if form is None:
-            return Cost(held, 2 * held, held)
+            return Cost(held, 2 * held, held, 2 * held)
         heads, p, d = form.size(form.shared), form.size(form.free), form.size(form.summed)
         rows = form.size(form.rows) // use.batch
         ghost = 2.0 * use.batch * heads * rows * rows * (p + d) if rows > 1 else 0.0
-        return Cost(2.0 * use.batch * heads * rows * p * d, ghost, held)
+        formed = 2.0 * use.batch * heads * rows * p * d
+        weighed = 2.0 * use.batch * heads * rows * min(p, d) * use.parameter.element_size()
+        return Cost(formed, ghost, held, formed, weighed)
 
 
 def _four_axes(tensor: Tensor, places: Mapping[Hashable, list[int]], groups: tuple[Labels, ...]) -> Tensor:

@@ -137,7 +137,8 @@ class ConvWeight(Rule):
         batch, groups = use.batch, use.operand("groups") or 1
         ghost = 2.0 * batch * positions * positions * (p + d * groups) if positions > 1 else 0.0
         held = float(batch * use.parameter.numel() * use.parameter.element_size())
-        return Cost(2.0 * batch * positions * p * d, ghost, held)
+        formed = 2.0 * batch * positions * p * d
+        return Cost(formed, ghost, held, formed, 2.0 * batch * positions * p * use.parameter.element_size())
 
     def _positions(self, use: ParamUse) -> torch.Size:
         """Shape of the map of the taps' positions."""

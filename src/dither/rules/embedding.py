@@ -14,8 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dither.capture.examples import ExampleAxis
 from dither.capture.uses import ParamUse
 from dither.errors import ExampleAxisError, UnsupportedOpError
+from dither.rules.crossing import RowFactors
 from dither.rules.rule import Cost, Rule, register_rule, squared_rows
 
 
@@ -84,7 +86,8 @@ class Lookup(Rule):
     def cost(self, use: ParamUse) -> Cost:
         """Work follows the rows; holding would cost the whole table per example."""
         held = float(use.batch * use.parameter.numel() * use.parameter.element_size())
-        return Cost(held, float(use.call.output_shape.numel()), held)
+        entries = float(use.call.output_shape.numel())
+        return Cost(held, entries, held, entries, 2.0 * entries * use.parameter.element_size())
 
 
 class EmbeddingWeight(Lookup):
@@ -101,6 +104,18 @@ class EmbeddingWeight(Lookup):
         owners = owners_of_rows(use, ids, grad_output)
         rows = grad_output.reshape(ids.numel(), grad_output.shape[-1])
         return Scattered(owners, ids.flatten(), rows, use.parameter.shape[0]).masked(use.operand("padding_idx"))
+
+    def crosses(self, use: ParamUse) -> bool:
+        """Where every example has as many ids."""
+        return isinstance(use.axis, ExampleAxis) and use.axis.axis < use.operand("input").dim()
+
+    def row_factors(self, use: ParamUse, grad_output: Tensor) -> RowFactors:
+        """Ids, and output gradients; of the padding id, zeros."""
+        ids = use.examples.split(use.operand("input")).reshape(use.batch, -1)
+        rows, padding = use.examples.rows(grad_output), use.operand("padding_idx")
+        if padding is not None:
+            rows = rows.masked_fill((ids == padding % use.parameter.shape[0]).unsqueeze(2), 0)
+        return RowFactors(ids.long(), rows)
 
 
 def refuse_coupling(operands: Mapping[str, Any]) -> None:

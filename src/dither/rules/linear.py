@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dither.capture.examples import ExampleAxis
 from dither.capture.uses import ParamUse
+from dither.rules.crossing import RowFactors
 from dither.rules.rule import Cost, Rule, squared_rows
 
 _GRAM_ELEMENTS = 1 << 24
@@ -119,6 +121,15 @@ class LinearWeight(Rule):
         else:
             into.add_(g.reshape(-1, g.shape[-1]).T @ x.reshape(-1, x.shape[-1]))
 
+    def crosses(self, use: ParamUse) -> bool:
+        """Real rows, as many for each example."""
+        return isinstance(use.axis, ExampleAxis) and not use.parameter.is_complex()
+
+    def row_factors(self, use: ParamUse, grad_output: Tensor) -> RowFactors:
+        """Output gradients and inputs."""
+        x, g = self._rows(use, grad_output)
+        return RowFactors(g, x)
+
     def cost(self, use: ParamUse) -> Cost:
         """T p d per example formed; T^2 (p + d) for the ghost norm."""
         x = use.operand("input")
@@ -126,7 +137,10 @@ class LinearWeight(Rule):
         batch = use.batch
         rows = max(1, x.numel() // max(1, batch * x.shape[-1]))
         ghost = 2.0 * batch * rows * rows * (p + d) if rows > 1 else 0.0
-        return Cost(2.0 * batch * rows * p * d, ghost, float(batch * p * d * use.parameter.element_size()))
+        width = use.parameter.element_size()
+        weighed = 2.0 * batch * rows * min(p, d) * width
+        formed = 2.0 * batch * rows * p * d
+        return Cost(formed, ghost, float(batch * p * d * width), formed, weighed)
 
 
 def _at_least_float32(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dither.capture.uses import ParamUse, tensors_in
+from dither.rules.crossing import RowFactors
 
 
 @dataclass(frozen=True)
@@ -25,11 +26,15 @@ class Cost:
         hold: floating-point operations to form all per-example gradients.
         ghost: floating-point operations of the squared norms without forming them, 0 if they are never formed.
         held_bytes: memory of the per-example gradients, bytes.
+        weighted: floating-point operations of the weighted sum without forming them.
+        row_bytes: memory traffic of weighing each example's rows for that sum, bytes.
     """
 
     hold: float
     ghost: float
     held_bytes: float
+    weighted: float = 0.0
+    row_bytes: float = 0.0
 
 
 class Rule:
@@ -63,6 +68,14 @@ class Rule:
     def add_weighted_sum(self, use: ParamUse, grad_output: Tensor, weights: Tensor, into: Tensor) -> None:
         """Add the sum over examples of weights[i] * gradient i to `into`, shape parameter.shape."""
         add_weighted(self.per_example_gradient(use, grad_output), weights, into)
+
+    def crosses(self, use: ParamUse) -> bool:
+        """Whether `row_factors` gives the use's rows."""
+        return False
+
+    def row_factors(self, use: ParamUse, grad_output: Tensor) -> RowFactors:
+        """The rows that the use's per-example gradients are sums of, to be multiplied with other uses'."""
+        raise NotImplementedError
 
     def cost(self, use: ParamUse) -> Cost:
         """Predicted work; rules that never form a large gradient report zero."""

@@ -1,0 +1,104 @@
+"""Several uses of one parameter: the norm of the sum of their gradients, without forming it.
+
+A use whose gradient for an example is a sum over rows of left_t right_t^T gives its rows. Of several uses all rows
+count as one longer list, so that |G|^2 = sum over rows t, s of (left_t . left_s)(right_t . right_s), which is the
+ghost norm (Li et al. 2022, arXiv:2110.05679, section 4) with the products of different uses in it. The left factor of a
+looked-up row is a unit vector, given by its index. Legend: B examples, T rows, a parameter of V rows of d entries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations_with_replacement
+
+import torch
+from torch import Tensor
+
+_GRAM_ELEMENTS = 1 << 24
+"""Largest block of products kept at once, in elements."""
+
+
+@dataclass(frozen=True)
+class RowFactors:
+    """The rows of a use's per-example gradients.
+
+    Attributes:
+        left: (B, T, V); or (B, T) int64, the index of a unit vector.
+        right: (B, T, d).
+    """
+
+    left: Tensor
+    right: Tensor
+
+    @property
+    def looked_up(self) -> bool:
+        """Whether the left factors are unit vectors."""
+        return self.left.dim() == 2
+
+    def double(self) -> RowFactors:
+        """The same in float64."""
+        return RowFactors(self.left if self.looked_up else self.left.double(), self.right.double())
+
+    def block(self, start: int, stop: int) -> RowFactors:
+        """Some of the rows."""
+        return RowFactors(self.left[:, start:stop], self.right[:, start:stop])
+
+
+def crossed_norm(uses: Sequence[RowFactors]) -> Tensor:
+    """Squared norm of the sum of the uses' gradients, (B,), in float32 or wider.
+
+    The sum can cancel; where it is small against its terms, it is taken again in float64.
+    """
+    lists = _joined(uses)
+    total, terms = _totals(lists)
+    if total.dtype == torch.float32 and bool((total < 0.05 * terms).any()):
+        total = _totals([rows.double() for rows in lists])[0]
+    return total.clamp_min(0)
+
+
+def _joined(uses: Sequence[RowFactors]) -> list[RowFactors]:
+    """One list of rows with unit vectors and one with others, whichever there are."""
+    joined = []
+    for looked_up in (True, False):
+        chosen = [rows for rows in uses if rows.looked_up == looked_up]
+        if chosen:
+            wide = torch.float32
+            for rows in chosen:
+                wide = torch.promote_types(wide, rows.right.dtype)
+                wide = wide if looked_up else torch.promote_types(wide, rows.left.dtype)
+            left = torch.cat([rows.left if looked_up else rows.left.to(wide) for rows in chosen], 1)
+            joined.append(RowFactors(left, torch.cat([rows.right.to(wide) for rows in chosen], 1)))
+    return joined
+
+
+def _totals(lists: Sequence[RowFactors]) -> tuple[Tensor, Tensor]:
+    """The sum of all products, and the root of the sum of their squares, both (B,)."""
+    first = lists[0].right
+    total, squares = first.new_zeros(len(first)), first.new_zeros(len(first))
+    for one, other in combinations_with_replacement(lists, 2):
+        twice = 1.0 if one is other else 2.0
+        step = max(1, _GRAM_ELEMENTS // max(1, len(first) * other.right.shape[1]))
+        for start in range(0, one.right.shape[1], step):
+            part = one.block(start, start + step)
+            products = torch.bmm(part.right, other.right.mT.to(part.right.dtype))
+            products = products * _left_products(part, other)
+            total += twice * products.sum((1, 2))
+            squares += twice * products.square().sum((1, 2))
+    return total, squares.sqrt()
+
+
+def _left_products(one: RowFactors, other: RowFactors) -> Tensor:
+    """Inner products of left factors, (B, T of one, T of the other)."""
+    if one.looked_up and other.looked_up:
+        return one.left.unsqueeze(2) == other.left.unsqueeze(1)
+    if one.looked_up:
+        return _entries(other.left, one.left).mT
+    if other.looked_up:
+        return _entries(one.left, other.left)
+    return torch.bmm(one.left, other.left.mT)
+
+
+def _entries(left: Tensor, indices: Tensor) -> Tensor:
+    """Entries (B, T, S) of left factors (B, T, V) at indices (B, S)."""
+    return left.gather(2, indices.unsqueeze(1).expand(-1, left.shape[1], -1))
