@@ -194,3 +194,19 @@ def test_label_std():
     table = dit("DiT-tiny", label_std=1.0).y_embedder.embedding_table.weight
     assert 0.8 < table.std() < 1.2
     assert 0.015 < dit("DiT-tiny").y_embedder.embedding_table.weight.std() < 0.025
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_gradient_under_vmap():
+    """Where torch.func.grad is inside vmap, labels arrive wrapped once more."""
+    model = perturbed(dit("DiT-tiny")).eval()
+    parameters = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+    def loss(parameters, x, t, y):
+        return torch.func.functional_call(model, parameters, (x[None], t[None], y[None])).square().sum()
+
+    x, t, y = inputs()
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0, 0))(parameters, x, t, y)
+    alone = torch.func.grad(loss)(parameters, x[0], t[0], y[0])
+    for name, gradient in alone.items():
+        torch.testing.assert_close(each[name][0], gradient, rtol=1e-4, atol=1e-4)

@@ -143,5 +143,5 @@ def position_sinusoids(hidden_size: int, grid_size: int) -> Tensor:
 
 
 def _readable(y: Tensor) -> bool:
-    """Whether the values may be looked at: not while compiling, on meta, or under vmap."""
-    return not (torch.compiler.is_compiling() or y.is_meta or torch._C._functorch.is_batchedtensor(y))
+    """Whether the values may be looked at: not while compiling, on meta, or under torch.func (vmap inside grad too)."""
+    return not (torch.compiler.is_compiling() or y.is_meta or torch._C._functorch.is_functorch_wrapped_tensor(y))
