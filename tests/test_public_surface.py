@@ -8,7 +8,7 @@ import pytest
 
 import dither
 import dither.opacus
-from dither.cli import budget, options, sample, verify
+from dither.cli import bench, budget, options, sample, verify
 from dither.cli.main import COMMANDS
 
 NAMES = {
@@ -68,6 +68,13 @@ OPTIONS = {
         "config dataset_size batch_size delta epsilon noise_multiplier steps json",
     ),
     "verify": (verify.verify_parser, "model config examples strategy dtype mode seed json"),
+    "bench": (
+        bench.bench_parser,
+        """
+        config models contenders smoke microbatches pairs warm_up threads memory sweep explain jax_python
+        load save page picture check
+        """,
+    ),
 }
 
 

@@ -1,7 +1,7 @@
 """The `dither` command: finds the subcommand, and turns errors into messages and exit codes.
 
-Exit codes: 0 done; 1 `dither verify` refused, or found a model not exact; 2 something in the request cannot work
-(message and fix on stderr); 130 interrupted, resumable.
+Exit codes: 0 done; 1 `dither verify` refused, or found a model not exact, or `dither bench` one that became slower; 2
+something in the request cannot work (message and fix on stderr); 130 interrupted, resumable.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ COMMANDS = {
     "sample": "draw images of a class from a trained run",
     "budget": "epsilon from noise, noise from epsilon, steps from both",
     "verify": "is every example's gradient exact and its own, for this model and batch?",
+    "bench": "what privacy costs in time and memory, beside plain training and other libraries",
 }
 """By name, one line of help; the command lives in `dither.cli.<name>`, imported only when it is asked for."""
 

@@ -1,0 +1,1 @@
+"""Step time and peak memory of private training over plain training: models, contenders, measures, table, picture."""

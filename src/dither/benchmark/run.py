@@ -1,0 +1,139 @@
+"""A whole run: every model, every contender, sweeps and plans."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from dither.benchmark import worker
+from dither.benchmark.models import workload
+from dither.benchmark.results import Cell, Results, Row
+
+_MEASURED = ("torch", "dither", "opacus", "opake", "diffusers", "transformers")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to measure, and how.
+
+    Attributes:
+        models: of models.MODELS.
+        contenders: of contenders.CONTENDERS; plain is always among them.
+        microbatches: in a step.
+        pairs: rounds that count.
+        warm_up: steps before them.
+        memory: whether peaks are measured.
+        sweeps: of sweep.AXES.
+        explain: whether plans are compared with what uses take.
+        smoke: tiny sizes.
+        threads: of torch and XLA; None for their own choice.
+        jax_python: the Python of an environment with jax-privacy; None leaves it out.
+    """
+
+    models: Sequence[str]
+    contenders: Sequence[str]
+    microbatches: int = 8
+    pairs: int = 7
+    warm_up: int = 2
+    memory: bool = True
+    sweeps: Sequence[str] = ()
+    explain: bool = False
+    smoke: bool = False
+    threads: int | None = None
+    jax_python: str | None = None
+
+    def sent(self) -> dict[str, Any]:
+        """What every worker is told."""
+        names = ("microbatches", "pairs", "warm_up", "smoke", "threads")
+        return {name: getattr(self, name) for name in names}
+
+
+def run(request: Request, say: Callable[[str], None]) -> Results:
+    """Measure everything.
+
+    Args:
+        request: what.
+        say: told what is being measured.
+    """
+    results = Results(about(request))
+    for model in request.models:
+        results.rows.append(_row(model, request, say))
+        if request.jax_python is not None and model.startswith("dit"):
+            say(f"{model}: jax-privacy")
+            _add_jax(results, results.rows[-1], request)
+    for axis in request.sweeps:
+        say(f"growth with {axis}")
+        results.growth.append(worker.growth(axis, request.sent()))
+    for model in request.models if request.explain else ():
+        say(f"{model}: the plan")
+        results.explained[model] = worker.explained({**request.sent(), "model": model})
+    return results
+
+
+def _row(model: str, request: Request, say: Callable[[str], None]) -> Row:
+    names = ["plain", *(name for name in request.contenders if name != "plain")]
+    sent = {**request.sent(), "model": model}
+    say(f"{model}: times of {len(names)} contenders")
+    cells = worker.times(names, sent)
+    for name in names if request.memory else ():
+        if cells[name].error is not None:
+            continue
+        say(f"{model}: memory of {name}")
+        found = worker.peak(name, sent)
+        cells[name].peak_mib, cells[name].first_peak_mib = found.peak_mib, found.first_peak_mib
+        cells[name].error = found.error
+    return Row(model, str(workload(model, request.smoke).sizes), cells)
+
+
+def _add_jax(results: Results, row: Row, request: Request) -> None:
+    assert request.jax_python is not None
+    sizes = workload(row.model, request.smoke).sizes
+    shape = {name: getattr(sizes, name) for name in ("width", "depth", "tokens", "batch")}
+    found, versions = worker.jax(request.jax_python, {**request.sent(), **shape}, request.memory)
+    cells: dict[str, Cell] = found
+    row.cells.update(cells)
+    results.about["versions"].update(versions)
+
+
+def about(request: Request) -> dict[str, Any]:
+    """Machine, versions, date and settings."""
+    import torch
+
+    return {
+        "machine": machine(),
+        "versions": {"python": platform.python_version(), **_versions()},
+        "date": datetime.date.today().isoformat(),
+        "threads": torch.get_num_threads() if request.threads is None else request.threads,
+        "smoke": request.smoke,
+        "settings": {name: getattr(request, name) for name in ("microbatches", "pairs", "warm_up")},
+    }
+
+
+def machine() -> str:
+    """The CPU, its cores, and the memory."""
+    name = platform.processor() or platform.machine()
+    cpus, memory = Path("/proc/cpuinfo"), ""
+    if cpus.exists():
+        found = [line.split(":")[1].strip() for line in cpus.read_text().splitlines() if line.startswith("model name")]
+        name = found[0] if found else name
+        memory = f", {os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.0f} GiB"
+    return f"{name}, {os.cpu_count()} cores{memory}"
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in _MEASURED:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            if name == "dither":  # run from its source
+                from dither import __version__
+
+                found[name] = __version__
+    return found
