@@ -2,6 +2,7 @@
 #   make demo          train the tiny DiT on digits under differential privacy (about three minutes on two cores)
 #   make test          ruff, mypy, pytest
 #   make opacus-suite  Opacus's own tests on dither.opacus        make check   both
+#   make bench         step time and peak memory of private training beside other libraries (hours; ARGS=--smoke: minutes)
 #   make sweep         10,000 generated models in every strategy (a quarter of an hour on two cores)
 #   make test TORCH=2.6.0        another torch        make test CONSTRAINTS=        no pinned versions
 
@@ -22,7 +23,7 @@ ifneq ($(strip $(REQUEST)),$(strip $(shell cat $(VENV)/.request 2>/dev/null)))
 $(shell rm -f $(VENV)/.installed-*)
 endif
 
-.PHONY: demo test opacus-suite check sweep lint types format clean
+.PHONY: demo test opacus-suite check sweep bench lint types format clean
 
 demo: $(firstword $(wildcard $(VENV)/.installed-dev) $(VENV)/.installed-cli)
 	$(BIN)/dither train $(ARGS)
@@ -38,6 +39,11 @@ check: test opacus-suite
 sweep: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python tests/properties/sweep.py --cases 10000 --workers $(WORKERS) $(ARGS)
 
+# Tiny sizes write no page: figures of them mean nothing.
+RESULTS := $(if $(findstring smoke,$(ARGS)),,--save benchmarks/results.json --page docs/performance.md --picture docs/images/performance.png)
+bench: $(VENV)/.installed-bench $(VENV)/jax/.installed
+	$(BIN)/dither bench --sweep all --explain --jax_python $(VENV)/jax/bin/python $(RESULTS) $(ARGS)
+
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -49,9 +55,9 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# .installed-cli, .installed-dev: the package in place with that extra.
+# .installed-cli, .installed-dev, .installed-bench: the package in place with that extra.
 $(VENV)/.installed-cli: DEFAULT_TORCH := $(DEMO_TORCH)
-$(VENV)/.installed-dev: DEFAULT_TORCH := $(TEST_TORCH)
+$(VENV)/.installed-dev $(VENV)/.installed-bench: DEFAULT_TORCH := $(TEST_TORCH)
 $(VENV)/.installed-%: pyproject.toml $(CONSTRAINTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	cat $(or $(CONSTRAINTS),/dev/null) > $(VENV)/constraints.txt
@@ -59,6 +65,12 @@ $(VENV)/.installed-%: pyproject.toml $(CONSTRAINTS)
 	@echo "Installing dither with its $* extra into $(VENV); a few minutes the first time."
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(VENV)/constraints.txt -e '.[$*]'
 	@echo '$(REQUEST)' > $(VENV)/.request
+	@touch $@
+
+# jax-privacy has an environment of its own: nothing of dither's runs in it.
+$(VENV)/jax/.installed: benchmarks/jax.txt
+	test -x $(VENV)/jax/bin/python || $(PYTHON) -m venv $(VENV)/jax
+	$(VENV)/jax/bin/python -m pip install --quiet --disable-pip-version-check -r benchmarks/jax.txt
 	@touch $@
 
 clean:

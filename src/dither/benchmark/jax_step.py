@@ -105,7 +105,7 @@ def draw(tokens: int, rows: int) -> tuple[Any, ...]:
     return placed
 
 
-def gradient_of(asked: dict[str, Any], private: bool) -> Callable[..., Any]:
+def gradient_of(asked: dict[str, Any], private: bool, max_grad_norm: float = 1.0) -> Callable[..., Any]:
     """The mean gradient of the logical batch, or its clipped sum, by parameters and data."""
     import jax
     import jax.numpy as jnp
@@ -116,7 +116,7 @@ def gradient_of(asked: dict[str, Any], private: bool) -> Callable[..., Any]:
 
         clipped: Callable[..., Any] = clipping.clipped_grad(
             lambda p, *example: losses(p, *example)[0],
-            l2_clip_norm=1.0,
+            l2_clip_norm=max_grad_norm,
             batch_argnums=(1, 2, 3, 4),
             microbatch_size=batch,
         )
@@ -201,6 +201,19 @@ def peak(asked: dict[str, Any]) -> dict[str, Any]:
     return {asked["contender"]: {"peak_mib": peaks[-1], "first_peak_mib": peaks[0]}}
 
 
+def check(asked: dict[str, Any]) -> dict[str, Any]:
+    """Relative distance of the private sum without clipping, over the batch size, from the plain gradient."""
+    import jax
+    import jax.numpy as jnp
+
+    rows = asked["microbatches"] * asked["batch"]
+    weights, data = jax.device_put(parameters(asked["width"], asked["depth"])), draw(asked["tokens"], rows)
+    plain = jax.tree.leaves(gradient_of(asked, False)(weights, *data))
+    sums = jax.tree.leaves(gradient_of(asked, True, float("inf"))(weights, *data))
+    wrong = sum(float(jnp.square(a / rows - b).sum()) for a, b in zip(sums, plain, strict=True))
+    return {"distance": math.sqrt(wrong / sum(float(jnp.square(b).sum()) for b in plain))}
+
+
 def _status(name: str) -> int:
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) for line in file if line.startswith(name + ":")) * 2**10
@@ -213,14 +226,16 @@ def versions() -> dict[str, str]:
     return {name: version(name) for name in ("jax", "jax-privacy", "optax")}
 
 
+TASKS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {"times": times, "peak": peak, "check": check}
+
+
 def main() -> None:
     """Do what the first argument asks."""
     asked = json.loads(sys.argv[1])
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     if asked.get("threads"):  # XLA takes as many threads as it may run on CPUs
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: asked["threads"]])
-    task: Callable[[dict[str, Any]], dict[str, Any]] = {"times": times, "peak": peak}[asked["task"]]
-    print(json.dumps({"cells": task(asked), "versions": versions()}))
+    print(json.dumps({"cells": TASKS[asked["task"]](asked), "versions": versions()}))
 
 
 if __name__ == "__main__":

@@ -130,9 +130,11 @@ def dit(sizes: Sizes) -> Workload:
     """Dither's DiT on 4-channel latents, 1000 classes, fixed position table."""
     from dither.diffusion import DiT
 
+    side = 2 * sizes.side  # of the image, in patches of two by two
+
     def make() -> nn.Module:
         return DiT(
-            input_size=2 * sizes.side,
+            input_size=side,
             patch_size=2,
             hidden_size=sizes.width,
             depth=sizes.depth,
@@ -142,9 +144,8 @@ def dit(sizes: Sizes) -> Workload:
         )
 
     def draw() -> MicroBatch:
-        side, rows = 2 * sizes.side, sizes.batch * sizes.views
         x_0 = _rows(sizes, lambda count: torch.randn(count, 4, side, side))
-        noise, t = torch.randn_like(x_0), torch.randint(1000, (rows,))
+        noise, t = torch.randn_like(x_0), torch.randint(1000, (sizes.batch * sizes.views,))
         y = _rows(sizes, lambda count: torch.randint(1000, (count,)))
         return MicroBatch((x_0 + noise, t, y), noise)
 

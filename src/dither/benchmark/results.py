@@ -150,12 +150,14 @@ class Results:
         rows: a model each.
         growth: a sweep each.
         explained: by model.
+        failed: sweeps and plans that could not be measured, and why.
     """
 
     about: dict[str, Any]
     rows: list[Row] = field(default_factory=list)
     growth: list[Growth] = field(default_factory=list)
     explained: dict[str, list[Explained]] = field(default_factory=dict)
+    failed: list[str] = field(default_factory=list)
 
     def save(self, path: Path) -> None:
         """Write JSON."""
@@ -177,7 +179,7 @@ class Results:
             ]
             growth = [Growth(**part) for part in read["growth"]]
             explained = {name: [Explained(**use) for use in uses] for name, uses in read["explained"].items()}
-            return Results(read["about"], rows, growth, explained)
+            return Results(read["about"], rows, growth, explained, list(read["failed"]))
         except OSError as error:
             raise ConfigurationError(f"cannot read {path}: {error.strerror}", fix="give a file of --save") from None
         except (ValueError, KeyError, TypeError, AttributeError) as error:

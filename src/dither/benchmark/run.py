@@ -5,7 +5,8 @@ from __future__ import annotations
 import datetime
 import os
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -54,12 +55,13 @@ class Request:
         return {name: getattr(self, name) for name in names}
 
 
-def run(request: Request, say: Callable[[str], None]) -> Results:
+def run(request: Request, say: Callable[[str], None], keep: Callable[[Results], None]) -> Results:
     """Measure everything.
 
     Args:
         request: what.
         say: told what is being measured.
+        keep: given the results so far after each part; a whole run takes hours.
     """
     results = Results(about(request))
     for model in request.models:
@@ -67,13 +69,26 @@ def run(request: Request, say: Callable[[str], None]) -> Results:
         if request.jax_python is not None and model.startswith("dit"):
             say(f"{model}: jax-privacy")
             _add_jax(results, results.rows[-1], request)
+        keep(results)
     for axis in request.sweeps:
         say(f"growth with {axis}")
-        results.growth.append(worker.growth(axis, request.sent()))
+        with _failures(results, f"growth with {axis}"):
+            results.growth.append(worker.growth(axis, request.sent()))
+        keep(results)
     for model in request.models if request.explain else ():
         say(f"{model}: the plan")
-        results.explained[model] = worker.explained({**request.sent(), "model": model})
+        with _failures(results, f"the plan of {model}"):
+            results.explained[model] = worker.explained({**request.sent(), "model": model})
+        keep(results)
     return results
+
+
+@contextmanager
+def _failures(results: Results, what: str) -> Iterator[None]:
+    try:
+        yield
+    except worker.WorkerError as error:
+        results.failed.append(f"{what}: {error}")
 
 
 def _row(model: str, request: Request, say: Callable[[str], None]) -> Row:

@@ -40,12 +40,10 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """An aligned Markdown table; the first column to the left, the others to the right."""
     cells = [[cell.replace("|", "\\|") for cell in row] for row in (header, *rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-    shown = [
-        [row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))]
-        for row in cells
-    ]
+    first, *others = widths
+    shown = [[r[0].ljust(first), *(c.rjust(w) for c, w in zip(r[1:], others, strict=True))] for r in cells]
     lines = [f"| {' | '.join(row)} |" for row in shown]
-    rule = f"|-{'-' * widths[0]}-|" + "".join(f"{'-' * (w + 1)}:|" for w in widths[1:])
+    rule = f"|-{'-' * first}-|" + "".join(f"{'-' * (w + 1)}:|" for w in others)
     return "\n".join([lines[0], rule, *lines[1:]])
 
 
@@ -188,4 +186,6 @@ def page(results: Results, command: str, picture: str | None) -> str:
         parts.append(f"![Step time and peak memory over the plain step]({picture})")
     for title, words, found in sections(results):
         parts += [f"## {title}", *([words] if words else []), found]
+    if results.failed:
+        parts += ["## Not measured", "\n".join(f"- {said}" for said in results.failed)]
     return "\n\n".join(parts) + "\n"

@@ -10,12 +10,14 @@ import os
 import signal
 import subprocess
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from dither.benchmark.measure import first_line
 from dither.benchmark.results import JAX_PLAIN, JAX_PRIVATE, Cell, Explained, Growth
 
 JAX_SCRIPT = Path(__file__).with_name("jax_step.py")
@@ -131,7 +133,13 @@ def main() -> None:
     if asked["threads"] is not None:
         torch.set_num_threads(asked["threads"])
     warnings.simplefilter("ignore")  # of other libraries; what matters is an error, and in the table
-    print(json.dumps(TASKS[asked["task"]](asked)))
+    try:
+        found = TASKS[asked["task"]](asked)
+    except Exception as error:
+        traceback.print_exc()
+        print(first_line(error), file=sys.stderr)  # the last line is what the cell says
+        raise SystemExit(1) from None
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

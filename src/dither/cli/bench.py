@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import os
+import shutil
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -75,11 +78,12 @@ def run(words: Sequence[str]) -> int:
     _refuse(options)
     baseline = None if options.check is None else Results.load(options.check)
     results = _measure(options) if options.load is None else Results.load(options.load)
-    if options.save is not None:
-        _write(lambda: results.save(options.save), options.save)
+    _keep(results, options.save)
     print(table.origin(results))
     for title, _, found in table.sections(results):
         print(f"\n{title}\n\n{found}")
+    for said in results.failed:
+        print(f"not measured: {said}", file=sys.stderr)
     if options.picture is not None:
         _write(lambda: picture.draw(results, options.picture), options.picture)
     if options.page is not None:
@@ -97,6 +101,7 @@ def _measure(options: Namespace) -> Results:
     from dither.benchmark import run as whole
     from dither.benchmark.contenders import CONTENDERS
     from dither.benchmark.models import MODELS
+    from dither.benchmark.results import Results
     from dither.benchmark.sweep import AXES
 
     request = whole.Request(
@@ -108,7 +113,14 @@ def _measure(options: Namespace) -> Results:
             for name in ("microbatches", "pairs", "warm_up", "memory", "explain", "smoke", "threads", "jax_python")
         },
     )
-    return whole.run(request, lambda said: print(said, file=sys.stderr, flush=True))
+    keep = functools.partial(_keep, path=options.save)
+    keep(Results(whole.about(request)))  # a path that cannot be written is found now, not after hours
+    return whole.run(request, lambda said: print(said, file=sys.stderr, flush=True), keep)
+
+
+def _keep(results: Results, path: Path | None) -> None:
+    if path is not None:
+        _write(lambda: results.save(path), path)
 
 
 def _chosen(option: str, given: Sequence[str], known: Iterable[str]) -> list[str]:
@@ -128,6 +140,8 @@ def _refuse(options: Namespace) -> None:
             raise ConfigurationError(f"--{name} {options[name]} is not above 0", fix="give a positive number")
     if options.memory and not Path("/proc/self/clear_refs").exists():
         raise ConfigurationError("peaks of memory are measured on Linux only", fix="--memory false")
+    if options.jax_python is not None and shutil.which(options.jax_python) is None:
+        raise ConfigurationError(f"--jax_python {options.jax_python} is no program", fix="give the path of a Python")
     for path in (options.save, options.page, options.picture):
         if path is not None and path.is_dir():
             raise OutputPathError(f"{path} is a folder", fix="give a file")
@@ -144,6 +158,4 @@ def _write(write: Callable[[], object], path: Path) -> None:
 
 
 def _relative(picture: Path | None, page: Path) -> str | None:
-    import os
-
     return None if picture is None else os.path.relpath(picture, page.parent).replace(os.sep, "/")
