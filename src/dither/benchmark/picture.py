@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from dither.benchmark.contenders import OURS
 from dither.benchmark.results import Results, Row
 from dither.benchmark.table import TITLES
 
@@ -29,7 +30,7 @@ def draw(results: Results, path: Path) -> None:
         1, 2 if with_memory else 1, figsize=(11 if with_memory else 6.5, 1.5 + 0.17 * len(names) * len(rows)),
         sharey=True, squeeze=False, layout="constrained",
     )  # fmt: skip
-    colours = _colours(names)
+    colours = _colours()
     for place, title in enumerate(("step time / plain step", "peak memory / plain step")[: 1 + with_memory]):
         axis = axes[0][place]
         for number, name in enumerate(names):
@@ -71,10 +72,11 @@ def _marks(axis: object, rows: Sequence[Row], height: Sequence[float], name: str
     )
 
 
-def _colours(names: Sequence[str]) -> dict[str, str]:
-    ours = [n for n in names if TITLES[n].startswith("dither")]
-    others = [n for n in names if n not in ours]
-    return dict(zip(ours, _OURS, strict=False)) | dict(zip(others, _OTHERS, strict=False))
+def _colours() -> dict[str, str]:
+    """A contender's colour is the same in every picture."""
+    ours = [name for name in TITLES if name in OURS]
+    others = [name for name in TITLES if name not in (*OURS, "plain")]
+    return dict(zip(ours, _OURS, strict=True)) | dict(zip(others, _OTHERS, strict=True))
 
 
 def _short(sizes: str) -> str:

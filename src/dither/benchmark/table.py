@@ -19,7 +19,8 @@ One step is a logical batch of {microbatches} micro-batches, with the optimizer 
 Gaussian noise once. All contenders have the same model, weights and data; they run in one process, in turns, {pairs}
 rounds after {warm_up} warm-up steps. A ratio is of a step to the plain step of the same round: the median over rounds,
 in brackets the least and the largest. jax-privacy is divided by plain JAX on a DiT of the same sizes, compiled. Batch
-is the micro-batch's."""
+is the micro-batch's. dither proves its gradients in micro-batches 1, 2, 4, 8, 16, 32, ...: those that fall into the
+rounds are measured with the rest."""
 
 _MEMORY = """\
 Peak of resident memory in the third step, each contender in a process of its own, less what was resident when only
@@ -166,7 +167,7 @@ def origin(results: Results) -> str:
     about = results.about
     versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
     smoke = "\n\n**Tiny sizes, to see that everything runs: no figure here means anything.**" if about["smoke"] else ""
-    return f"Measured on {about['date']}: {about['machine']}, {about['threads']} threads. {versions}.{smoke}"
+    return f"Measured on {about['date']}: {about['machine']}; threads: {about['threads']}. {versions}.{smoke}"
 
 
 def page(results: Results, command: str, picture: str | None) -> str:
