@@ -23,8 +23,8 @@ is the micro-batch's. dither proves its gradients in micro-batches 1, 2, 4, 8, 1
 rounds are measured with the rest."""
 
 _MEMORY = """\
-Peak of resident memory in the third step, each contender in a process of its own, less what was resident when only
-code, model and data were there; over the plain step's."""
+Peak of resident memory in the third step, here of two micro-batches, each contender in a process of its own, less what
+was resident when only code, model and data were there; over the plain step's."""
 
 _FIRST = """\
 The first step over a later plain step. dither proves its gradients in it; JAX compiles."""

@@ -17,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from dither.benchmark.measure import first_line
+from dither.benchmark.measure import PEAK_MICROBATCHES, first_line
 from dither.benchmark.results import JAX_PLAIN, JAX_PRIVATE, Cell, Explained, Growth
 
 JAX_SCRIPT = Path(__file__).with_name("jax_step.py")
@@ -72,7 +72,8 @@ def jax(python: str, request: dict[str, Any], memory: bool) -> tuple[dict[str, C
         found = ask({**request, "task": "times"}, command)
         cells = {name: Cell(**found["cells"][name]) for name in names}
         for name in names if memory else ():
-            part = ask({**request, "task": "peak", "contender": name}, command)["cells"][name]
+            small = {**request, "task": "peak", "contender": name, "microbatches": PEAK_MICROBATCHES}
+            part = ask(small, command)["cells"][name]
             cells[name].peak_mib, cells[name].first_peak_mib = part["peak_mib"], part["first_peak_mib"]
     except (WorkerError, OSError) as error:
         return {name: Cell(error=str(error)) for name in names}, {}
@@ -101,7 +102,7 @@ def _peak(asked: dict[str, Any]) -> Any:
     from dither.benchmark import measure, models
 
     chosen = models.workload(asked["model"], asked["smoke"])
-    return asdict(measure.peak(chosen, asked["contender"], microbatches=asked["microbatches"]))
+    return asdict(measure.peak(chosen, asked["contender"]))
 
 
 def _sweep(asked: dict[str, Any]) -> Any:

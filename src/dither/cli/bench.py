@@ -55,12 +55,7 @@ def bench_parser() -> ArgumentParser:
     add("--smoke", action="store_true", help="tiny sizes")
     add("--microbatches", type=int, default=8, help="micro-batches in a step")
     add("--pairs", type=int, default=7, help="rounds that are measured")
-    add(
-        "--warm_up",
-        type=int,
-        default=2,
-        help="steps before them; dither's proofs in micro-batches 1, 2, 4, 8, 16 belong there",
-    )
+    add("--warm_up", type=int, default=2, help="steps before them; dither proves in micro-batches 1, 2, 4, 8, 16")
     add("--threads", type=int | None, default=None, help="of each process; None for the libraries' own choice")
     add("--memory", type=bool, default=True, help="measure peaks of memory too (Linux)")
     add("--sweep", type=str, nargs="*", default=[], help="sizes to grow: batch tokens width views depth, or all")
