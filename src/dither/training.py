@@ -336,7 +336,7 @@ class PrivateTraining:
 
     @contextmanager
     def _randomness(self, index: int) -> Iterator[None]:
-        """Under a seed, torch's own random numbers follow from (seed, step) too, and no measurement decides anything."""
+        """Under a seed, torch's own random numbers follow from (seed, step) too; no measurement decides."""
         if self.seed is None:
             yield
             return
