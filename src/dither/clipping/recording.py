@@ -219,7 +219,7 @@ class Recording(Recorded):
             randomness=randomness,
             constants=memory_of(model).constants(),
         )
-        with recorder, torch.enable_grad():
+        with torch.enable_grad(), recorder:
             losses = loss_fn()
         recorder.check_state()
         if before:
