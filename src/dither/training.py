@@ -19,11 +19,11 @@ from dither import checkpoint
 from dither.accounting import EpsilonCurve, Event, Ledger, _check_delta, _check_mechanism, noise_multiplier_for
 from dither.capture.declared import follow
 from dither.certificate import certificate
-from dither.clipping import clipped_sum, verify
+from dither.clipping.clipped_sum import clipped_sum
 from dither.clipping.functions import clipping_function
 from dither.clipping.machine import builtin_rates
 from dither.clipping.plan import check_strategy
-from dither.clipping.verify import RandomState
+from dither.clipping.verify import RandomState, verify
 from dither.errors import CaptureError, ConfigurationError, LedgerError, LossShapeError
 from dither.noise import GaussianNoise, check_seed, torch_seed
 from dither.parameters import trained_parameters

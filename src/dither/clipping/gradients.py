@@ -14,6 +14,7 @@ from dither.clipping.functions import all_finite
 from dither.clipping.machine import free_memory
 from dither.clipping.plan import Candidate, Plan, make_plan
 from dither.clipping.recording import Recorded
+from dither.rules.rule import add_weighted
 
 
 class Gradients:
@@ -147,9 +148,7 @@ class Gradients:
                 continue
             gradients = collector.formed()
             if gradients is not None:
-                kept = Added()
-                kept.add(gradients[~dropped])
-                kept.add_weighted_sum(weights[~dropped], into[name])
+                add_weighted(gradients, weights, into[name], ~dropped)
 
 
 def _collector(strategy: str, buffers: Buffers) -> Collector:

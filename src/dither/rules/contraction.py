@@ -160,9 +160,8 @@ class Contraction(Rule):
         if form is None:
             return super().squared_norm(use, grad_output)
         x, g = (t.flatten(0, 1) for t in self._pair(use, grad_output, form))
-        wide = torch.promote_types(x.dtype, torch.float32)
         norm = outer_ghost_norm if ghost or x.shape[1] == 1 else outer_tile_norm
-        return norm(x.to(wide), g.to(wide)).view(use.batch, -1).sum(1)
+        return norm(x, g).view(use.batch, -1).sum(1)
 
     def squared_norm(self, use: ParamUse, grad_output: Tensor) -> Tensor:
         """Ghost norm, head by head."""

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import dither.kernels as kernels
 from dither.capture.uses import ParamUse
 from dither.errors import ExampleAxisError
 from dither.rules.affine import ChannelBias
@@ -51,8 +52,12 @@ class ConvWeight(Rule):
             value = default
         return [value] * self.dims if isinstance(value, int) else list(value) * (self.dims // len(value))
 
+    def _unpadded(self, use: ParamUse, grad_output: Tensor) -> tuple[Tensor, Tensor]:
+        """The map that the taps run over, (N, C, *space), and the map of their positions, (N, O, *positions)."""
+        return use.operand("input"), grad_output
+
     def _maps(self, use: ParamUse, grad_output: Tensor) -> tuple[Tensor, Tensor]:
-        """The padded map that the taps run over, (N, C, *space), and the map of their positions, (N, O, *positions)."""
+        """The same, the first conjugated and padded."""
         return self._pad(use, use.operand("input").conj()), grad_output
 
     def _pad(self, use: ParamUse, wide: Tensor) -> Tensor:
@@ -93,17 +98,28 @@ class ConvWeight(Rule):
         return outer_gradient(*self._rows(use, grad_output)).reshape(use.batch, *use.parameter.shape)
 
     def _norm(self, use: ParamUse, grad_output: Tensor, ghost: bool) -> Tensor:
-        patches, g = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in self._rows(use, grad_output))
         norm = outer_ghost_norm if ghost else outer_tile_norm
-        return norm(patches, g).view(use.batch, -1).sum(1)
+        return norm(*self._rows(use, grad_output)).view(use.batch, -1).sum(1)
 
     def squared_norm(self, use: ParamUse, grad_output: Tensor) -> Tensor:
         """Ghost norm over patches."""
         return self._norm(use, grad_output, ghost=True)
 
     def tile_squared_norm(self, use: ParamUse, grad_output: Tensor) -> Tensor:
-        """Norm in tiles of output channels."""
-        return self._norm(use, grad_output, ghost=False)
+        """Norm in tiles of output channels; on a GPU without writing patches."""
+        squares = self._in_kernel(use, grad_output) if kernels.serve(grad_output) else None
+        return self._norm(use, grad_output, ghost=False) if squares is None else squares
+
+    def _in_kernel(self, use: ParamUse, grad_output: Tensor) -> Tensor | None:
+        wide, narrow = self._unpadded(use, grad_output)
+        if self.dims > 2 or use.examples.axis != 0 or not kernels.serve(wide, narrow):
+            return None
+        stride, pads, dilation, groups = self._options(use)
+        common = torch.promote_types(wide.dtype, narrow.dtype)
+        # (B, outer, inner, ...) to (B, maps of one example, ...)
+        x, g = (use.examples.split(t.to(common)).flatten(1, 2) for t in (wide, narrow))
+        before = [first for first, _ in pads]
+        return kernels.convolution_tile_norm(x, g, use.parameter.shape[2:], stride, before, dilation, groups)
 
     def add_weighted_sum(self, use: ParamUse, grad_output: Tensor, weights: Tensor, into: Tensor) -> None:
         """The ordinary weight gradient of the weighted output gradient."""
@@ -148,8 +164,12 @@ class ConvWeight(Rule):
 class TransposedConvWeight(ConvWeight):
     """Weight (C, O/groups, *taps) of a transposed convolution over `dims` spatial dimensions."""
 
-    def _maps(self, use: ParamUse, grad_output: Tensor) -> tuple[Tensor, Tensor]:
+    def _unpadded(self, use: ParamUse, grad_output: Tensor) -> tuple[Tensor, Tensor]:
         """The taps run over the output gradient; their positions are the input's."""
+        return grad_output, use.operand("input")
+
+    def _maps(self, use: ParamUse, grad_output: Tensor) -> tuple[Tensor, Tensor]:
+        """The same, the first padded, the second conjugated."""
         stride, _, dilation, _ = self._options(use)
         x: Tensor = use.operand("input").conj()
         wide = self._pad(use, grad_output)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import dither.kernels as kernels
 from dither.capture.examples import ExampleAxis
 from dither.capture.uses import ParamUse
 from dither.rules.crossing import RowFactors
@@ -27,6 +28,13 @@ _TILE_ELEMENTS = 1 << 20
 """Largest tile of per-example gradients kept at once, in elements."""
 
 
+def _at_least_float32(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    if x.dtype in (torch.float32, torch.float64):
+        return x, g
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return x.to(wide), g.to(wide)
+
+
 def outer_gradient(x_BTd: Tensor, g_BTp: Tensor, out: Tensor | None = None) -> Tensor:
     """Each example's g^T x, shape (B, p, d)."""
     if out is None:
@@ -35,7 +43,10 @@ def outer_gradient(x_BTd: Tensor, g_BTp: Tensor, out: Tensor | None = None) -> T
 
 
 def outer_tile_norm(x_BTd: Tensor, g_BTp: Tensor) -> Tensor:
-    """Squared norm of each g^T x in tiles of output features: (B,), little memory, no cancellation."""
+    """Squared norm of each g^T x in tiles of output features: (B,), in float32 or wider; no cancellation."""
+    if kernels.serve(x_BTd, g_BTp):
+        return kernels.tile_norm(x_BTd, g_BTp)
+    x_BTd, g_BTp = _at_least_float32(x_BTd, g_BTp)
     batch, _, d = x_BTd.shape
     step = max(1, min(g_BTp.shape[-1], _TILE_ELEMENTS // max(1, batch * d)))
     total = torch.zeros(batch, dtype=torch.promote_types(x_BTd.real.dtype, torch.float32), device=x_BTd.device)
@@ -52,11 +63,12 @@ def _norms(rows: Tensor) -> Tensor:
 
 
 def outer_ghost_norm(x_BTd: Tensor, g_BTp: Tensor) -> Tensor:
-    """Squared norm of each g^T x without forming it: (B,).
+    """Squared norm of each g^T x without forming it: (B,), in float32 or wider.
 
     The sum of Gram products can cancel. Where the result is small against the terms' own size, rounding would show,
     and the norm is taken from tiles instead.
     """
+    x_BTd, g_BTp = _at_least_float32(x_BTd, g_BTp)
     rows = x_BTd.shape[1]
     if rows == 0:
         return outer_tile_norm(x_BTd, g_BTp)
@@ -104,11 +116,11 @@ class LinearWeight(Rule):
 
     def squared_norm(self, use: ParamUse, grad_output: Tensor) -> Tensor:
         """Ghost norm."""
-        return outer_ghost_norm(*_at_least_float32(*self._rows(use, grad_output)))
+        return outer_ghost_norm(*self._rows(use, grad_output))
 
     def tile_squared_norm(self, use: ParamUse, grad_output: Tensor) -> Tensor:
         """Norm in tiles; of one row, the product of the two norms."""
-        x, g = _at_least_float32(*self._rows(use, grad_output))
+        x, g = self._rows(use, grad_output)
         return outer_ghost_norm(x, g) if x.shape[1] == 1 else outer_tile_norm(x, g)
 
     def add_weighted_sum(self, use: ParamUse, grad_output: Tensor, weights: Tensor, into: Tensor) -> None:
@@ -141,10 +153,3 @@ class LinearWeight(Rule):
         weighed = 2.0 * batch * rows * min(p, d) * width
         formed = 2.0 * batch * rows * p * d
         return Cost(formed, ghost, float(batch * p * d * width), formed, weighed)
-
-
-def _at_least_float32(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-    if x.dtype in (torch.float32, torch.float64):
-        return x, g
-    wide = torch.promote_types(x.dtype, torch.float32)
-    return x.to(wide), g.to(wide)

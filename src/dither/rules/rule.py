@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import dither.kernels as kernels
 from dither.capture.uses import ParamUse, tensors_in
 from dither.rules.crossing import RowFactors
 
@@ -91,6 +92,8 @@ def _rows(gradients: Tensor) -> Tensor:
 
 def squared_rows(gradients: Tensor) -> Tensor:
     """Squared norm of each example's gradient: (B, *shape) to (B,), in float32 or wider."""
+    if kernels.serve(gradients):
+        return kernels.squared_rows(gradients)
     flat = _rows(gradients)
     if flat.is_complex():
         flat = torch.view_as_real(flat).flatten(1)
@@ -99,8 +102,20 @@ def squared_rows(gradients: Tensor) -> Tensor:
     return norms.square()
 
 
-def add_weighted(gradients: Tensor, weights: Tensor, into: Tensor) -> None:
-    """Add sum_i weights[i] * gradients[i] to `into` in place; `gradients` has shape (B, *into.shape)."""
+def add_weighted(gradients: Tensor, weights: Tensor, into: Tensor, kept: Tensor | None = None) -> None:
+    """Add sum_i weights[i] * gradients[i] to `into` in place.
+
+    Args:
+        gradients: shape (B, *into.shape).
+        weights: shape (B,).
+        into: what is added to.
+        kept: bool (B,), the examples to add; None for all. The others are left out, whatever they hold.
+    """
+    if kernels.serve(gradients, into):
+        kernels.add_weighted(gradients, weights, into, kept)
+        return
+    if kept is not None:
+        gradients, weights = gradients[kept], weights[kept]
     flat = _rows(gradients)
     weights = weights.to(flat.dtype)
     if into.is_contiguous() and into.dtype == flat.dtype:

@@ -1,0 +1,137 @@
+"""Compile every kernel of dither.kernels for every entry of its table, without a GPU: registers, shared memory, spills.
+
+    python benchmarks/kernels_aot.py                # a table
+    python benchmarks/kernels_aot.py --json         # the same, a line of JSON each
+    python benchmarks/kernels_aot.py --only linear
+
+Nothing runs, so nothing here is a speed. "aligned" is what a launch compiles when sizes and strides are multiples of
+16, "any" when they are not. Registers and spills are ptxas's count, shared memory is Triton's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+os.environ.pop("TRITON_INTERPRET", None)  # the interpreter's kernels cannot be compiled
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from dither.kernels import convolution, linear, reduction, rows
+from dither.kernels.tiles import TABLE, Tiles
+
+NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+SHARED = {80: 99 * 1024, 90: 227 * 1024}
+"""Bytes of shared memory that a program may take on every GPU that uses the entry."""
+
+
+def variants(shape: str, tiles: Tiles) -> list[tuple[str, object, dict, dict, set[str]]]:
+    """(name, kernel, constants, dtypes by argument, arguments that are always 32-bit numbers) of a table entry."""
+    if shape.startswith("linear"):
+        blocks = {"BLOCK_T": tiles.rows, "BLOCK_P": tiles.p, "BLOCK_D": tiles.d, "WIDEN": False}
+        constants = {"x_d": 1, "g_p": 1, **blocks}
+        return [
+            (f"{shape}{' split' if partial else ''}", linear.linear_tiles, {**constants, "PARTIAL": partial})
+            for partial in (False, True)
+        ]
+    if shape.startswith("convolution"):
+        blocks = {"BLOCK_R": tiles.rows, "BLOCK_P": tiles.p, "BLOCK_Q": tiles.d, "WIDEN": False, "PARTIAL": False}
+        one = dict.fromkeys(("x_w", "g_w", "stride_h", "stride_w", "pad_h", "pad_w", "dilation_h", "dilation_w"), 1)
+        strided = {"x_w": 1, "g_w": 1}
+        return [
+            (f"{shape} {kh}x{kw}", convolution.convolution_tiles, {"KH": kh, "KW": kw, **blocks, **constants})
+            for kh, kw, constants in ((3, 3, one), (4, 4, strided))
+        ]
+    if shape == "weighted sum":
+        constants = {"BLOCK_B": tiles.rows, "BLOCK_P": tiles.d}
+        return [
+            (f"{shape}{' masked' if masked else ''}", rows.weighted_sum, {**constants, "MASKED": masked})
+            for masked in (False, True)
+        ]
+    return [(shape, rows.row_squares, {"BLOCK": tiles.d})]
+
+
+POINTERS = {"x": None, "g": None, "held": None, "into": None, "weights": "fp32", "out": "fp32", "partial": "fp32"}
+"""Arguments that are pointers, and their dtype where it is always the same."""
+
+
+def signature(kernel, constants: dict, dtype: str, masked: bool) -> dict[str, str]:
+    pointers = {**POINTERS, "kept": "i8" if masked else "fp32"}
+    found = {}
+    for name in kernel.arg_names:
+        if name in constants:
+            found[name] = "constexpr"
+        else:
+            found[name] = "*" + (pointers[name] or dtype) if name in pointers else "i32"
+    return found
+
+
+def compiled(kernel, constants: dict, dtype: str, sm: int, tiles: Tiles, aligned: bool) -> dict:
+    """Registers, spilled bytes, shared bytes and bytes of cubin."""
+    types = signature(kernel, constants, dtype, bool(constants.get("MASKED")))
+    hinted = [n for n, t in types.items() if t[0] == "*" or (aligned and t == "i32")]
+    attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in hinted}
+    source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=attributes)
+    options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
+    binary = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
+    return {**ptxas(binary.asm["ptx"]), "shared": binary.metadata.shared, "cubin": len(binary.asm["cubin"])}
+
+
+def ptxas(ptx: str) -> dict:
+    """What ptxas says of registers and spills."""
+    target = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)[1]
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "kernel.ptx")
+        source.write_text(ptx)
+        command = [triton.knobs.nvidia.ptxas.path, "-v", "--regAllocOptLevel=2", f"--gpu-name={target}"]
+        command += [source, "-o", Path(folder, "kernel.cubin")]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    registers = re.search(r"Used (\d+) registers", said)[1]
+    spills = [int(number) for number in re.findall(r"(\d+) bytes spill", said)]
+    return {"registers": int(registers), "spills": sum(spills)}
+
+
+def entries(only: str):
+    """(name, kernel, constants, dtype, generation, tiles) of everything that is compiled."""
+    for (sm, dtype, shape), tiles in TABLE.items():
+        for name, kernel, constants in variants(shape, tiles):
+            if only in name:
+                yield name, kernel, constants, NAMES[dtype], sm, tiles
+    for sm in (80, 90):
+        if only in "add and square":
+            constants = {"SIZE": 4096, "CHUNK": reduction.CHUNK}
+            yield "add and square", reduction.add_and_square, constants, "fp32", sm, Tiles(1, 1, reduction.CHUNK, 4, 3)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--only", default="", help="kernels with this in their name")
+    options = parser.parse_args()
+    if not options.json:
+        print(f"Triton {triton.__version__}; compiled, not run\n")
+        print(f"{'kernel':26} {'dtype':5} {'sm':>3} {'sizes':7} {'registers':>9} {'shared':>7} {'spills':>6}")
+    for name, kernel, constants, dtype, sm, tiles in entries(options.only):
+        for aligned in (True, False):
+            found = compiled(kernel, constants, dtype, sm, tiles, aligned)
+            found = {"kernel": name, "dtype": dtype, "sm": sm, "sizes": "aligned" if aligned else "any", **found}
+            if options.json:
+                print(json.dumps({**found, "allowed": SHARED[sm]}), flush=True)
+            else:
+                print(
+                    f"{name:26} {dtype:5} {sm:3} {found['sizes']:7} {found['registers']:9} {found['shared']:7} "
+                    f"{found['spills']:6}",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    main()
