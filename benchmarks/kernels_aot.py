@@ -5,7 +5,8 @@
     python benchmarks/kernels_aot.py --only linear
 
 Nothing runs, so nothing here is a speed. "aligned" is what a launch compiles when sizes and strides are multiples of
-16, "any" when they are not. Registers and spills are ptxas's count, shared memory is Triton's.
+16, "any" when they are not; "linear large" is for aligned ones only. Registers a thread and spilled bytes a thread are
+read from the binary (cuobjdump), bytes of shared memory are Triton's.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import os
 import re
 import subprocess
 import tempfile
-from pathlib import Path
 
 os.environ.pop("TRITON_INTERPRET", None)  # the interpreter's kernels cannot be compiled
 
@@ -37,18 +37,22 @@ def variants(shape: str, tiles: Tiles) -> list[tuple[str, object, dict, dict, se
     """(name, kernel, constants, dtypes by argument, arguments that are always 32-bit numbers) of a table entry."""
     if shape.startswith("linear"):
         blocks = {"BLOCK_T": tiles.rows, "BLOCK_P": tiles.p, "BLOCK_D": tiles.d, "WIDEN": False}
-        constants = {"x_d": 1, "g_p": 1, **blocks}
+        contiguous = {"x_d": 1, "g_p": 1, **blocks}
         return [
-            (f"{shape}{' split' if partial else ''}", linear.linear_tiles, {**constants, "PARTIAL": partial})
-            for partial in (False, True)
+            (shape, linear.linear_tiles, {**contiguous, "parts": 1, "PARTIAL": False}),
+            (f"{shape} split", linear.linear_tiles, {**contiguous, "PARTIAL": True}),
         ]
     if shape.startswith("convolution"):
-        blocks = {"BLOCK_R": tiles.rows, "BLOCK_P": tiles.p, "BLOCK_Q": tiles.d, "WIDEN": False, "PARTIAL": False}
+        blocks = {"BLOCK_R": tiles.rows, "BLOCK_P": tiles.p, "BLOCK_Q": tiles.d, "WIDEN": False}
         one = dict.fromkeys(("x_w", "g_w", "stride_h", "stride_w", "pad_h", "pad_w", "dilation_h", "dilation_w"), 1)
         strided = {"x_w": 1, "g_w": 1}
         return [
-            (f"{shape} {kh}x{kw}", convolution.convolution_tiles, {"KH": kh, "KW": kw, **blocks, **constants})
-            for kh, kw, constants in ((3, 3, one), (4, 4, strided))
+            (
+                f"{shape} {kh}x{kw}{' split' if partial else ''}",
+                convolution.convolution_tiles,
+                {"KH": kh, "KW": kw, **blocks, **constants, "PARTIAL": partial, **({} if partial else {"parts": 1})},
+            )
+            for kh, kw, constants, partial in ((3, 3, one, False), (3, 3, one, True), (4, 4, strided, False))
         ]
     if shape == "weighted sum":
         constants = {"BLOCK_B": tiles.rows, "BLOCK_P": tiles.d}
@@ -61,6 +65,9 @@ def variants(shape: str, tiles: Tiles) -> list[tuple[str, object, dict, dict, se
 
 POINTERS = {"x": None, "g": None, "held": None, "into": None, "weights": "fp32", "out": "fp32", "partial": "fp32"}
 """Arguments that are pointers, and their dtype where it is always the same."""
+
+COUNTS = {"B", "T", "R", "parts", "tiles", "tiles_p", "tiles_d", "tiles_q", "chunks", "blocks"}
+"""Arguments that are multiples of 16 by chance only."""
 
 
 def signature(kernel, constants: dict, dtype: str, masked: bool) -> dict[str, str]:
@@ -77,26 +84,24 @@ def signature(kernel, constants: dict, dtype: str, masked: bool) -> dict[str, st
 def compiled(kernel, constants: dict, dtype: str, sm: int, tiles: Tiles, aligned: bool) -> dict:
     """Registers, spilled bytes, shared bytes and bytes of cubin."""
     types = signature(kernel, constants, dtype, bool(constants.get("MASKED")))
-    hinted = [n for n, t in types.items() if t[0] == "*" or (aligned and t == "i32")]
+    hinted = [n for n, t in types.items() if t[0] == "*" or (aligned and t == "i32" and n not in COUNTS)]
     attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in hinted}
     source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=attributes)
     options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
     binary = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
-    return {**ptxas(binary.asm["ptx"]), "shared": binary.metadata.shared, "cubin": len(binary.asm["cubin"])}
+    cubin = binary.asm["cubin"]
+    return {**resources(cubin), "shared": binary.metadata.shared, "cubin": len(cubin)}
 
 
-def ptxas(ptx: str) -> dict:
-    """What ptxas says of registers and spills."""
-    target = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)[1]
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder, "kernel.ptx")
-        source.write_text(ptx)
-        command = [triton.knobs.nvidia.ptxas.path, "-v", "--regAllocOptLevel=2", f"--gpu-name={target}"]
-        command += [source, "-o", Path(folder, "kernel.cubin")]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    registers = re.search(r"Used (\d+) registers", said)[1]
-    spills = [int(number) for number in re.findall(r"(\d+) bytes spill", said)]
-    return {"registers": int(registers), "spills": sum(spills)}
+def resources(cubin: bytes) -> dict:
+    """Registers a thread, and bytes of stack a thread: the kernels have no arrays of their own, so these are spills."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", said).groups()
+    return {"registers": int(registers), "spills": int(stack)}
 
 
 def entries(only: str):
@@ -120,7 +125,7 @@ def main() -> None:
         print(f"Triton {triton.__version__}; compiled, not run\n")
         print(f"{'kernel':26} {'dtype':5} {'sm':>3} {'sizes':7} {'registers':>9} {'shared':>7} {'spills':>6}")
     for name, kernel, constants, dtype, sm, tiles in entries(options.only):
-        for aligned in (True, False):
+        for aligned in (True,) if name.startswith("linear large") and dtype != "fp32" else (True, False):
             found = compiled(kernel, constants, dtype, sm, tiles, aligned)
             found = {"kernel": name, "dtype": dtype, "sm": sm, "sizes": "aligned" if aligned else "any", **found}
             if options.json:

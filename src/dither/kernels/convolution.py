@@ -34,21 +34,21 @@ def convolution_tiles(  # type: ignore[no-untyped-def]
     tap_h, tap_w = qs // KW % KH * dilation_h - pad_h, qs % KW * dilation_w - pad_w
     # Within an example offsets fit 32 bits; `fits` says so.
     xs = x + example * x_b + group * (Q // (KH * KW)) * x_c + (qs // (KH * KW) * x_c)[None, :]
-    gs = g + example * g_b + group * P * g_o + (ps * g_o)[None, :]
+    gs = g + example * g_b + group * P * g_o + (ps * g_o)[:, None]
     end = tl.minimum(R, (part + 1) * each)
     accumulated = tl.zeros((BLOCK_P, BLOCK_Q), tl.float32)
     for start in range(part * each, end, BLOCK_R):
         rows = start + tl.arange(0, BLOCK_R)
         maps, h, w = rows // (OH * OW), rows // OW % OH, rows % OW
-        live = (rows < end)[:, None]
-        places = (maps * g_k + h * g_h + w * g_w)[:, None]
-        g_RP = tl.load(gs + places, mask=live & (ps < P)[None, :], other=0.0)
+        live = rows < end
+        places = (maps * g_k + h * g_h + w * g_w)[None, :]
+        g_PR = tl.load(gs + places, mask=live[None, :] & (ps < P)[:, None], other=0.0)
         x_h_RQ = (h * stride_h)[:, None] + tap_h[None, :]
         x_w_RQ = (w * stride_w)[:, None] + tap_w[None, :]
         inside = (x_h_RQ >= 0) & (x_h_RQ < H) & (x_w_RQ >= 0) & (x_w_RQ < W)
         places = (maps * x_k)[:, None] + x_h_RQ * x_h + x_w_RQ * x_w
-        x_RQ = tl.load(xs + places, mask=live & (qs < Q)[None, :] & inside, other=0.0)
-        accumulated = multiply(g_RP, x_RQ, accumulated, WIDEN)
+        x_RQ = tl.load(xs + places, mask=live[:, None] & (qs < Q)[None, :] & inside, other=0.0)
+        accumulated = multiply(g_PR, x_RQ, accumulated, WIDEN)
     finish(accumulated, out, index, PARTIAL)
 
 

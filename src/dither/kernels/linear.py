@@ -24,15 +24,15 @@ def linear_tiles(  # type: ignore[no-untyped-def]
     ds = (tile % tiles_d) * BLOCK_D + tl.arange(0, BLOCK_D)
     # Offsets in 64 bits: examples, and strided rows, lie further apart than 32 can say.
     xs = x + example * x_b + rows[:, None] * x_t + ds[None, :].to(tl.int64) * x_d
-    gs = g + example * g_b + rows[:, None] * g_t + ps[None, :].to(tl.int64) * g_p
+    gs = g + example * g_b + rows[None, :] * g_t + ps[:, None].to(tl.int64) * g_p
     x_step, g_step = tl.cast(x_t, tl.int64) * BLOCK_T, tl.cast(g_t, tl.int64) * BLOCK_T
     end = tl.minimum(T, (part + 1) * each)
     accumulated = tl.zeros((BLOCK_P, BLOCK_D), tl.float32)
     for start in range(part * each, end, BLOCK_T):
-        live = (start + tl.arange(0, BLOCK_T) < end)[:, None]
-        x_TD = tl.load(xs, mask=live & (ds < D)[None, :], other=0.0)
-        g_TP = tl.load(gs, mask=live & (ps < P)[None, :], other=0.0)
-        accumulated = multiply(g_TP, x_TD, accumulated, WIDEN)
+        live = start + tl.arange(0, BLOCK_T) < end
+        x_TD = tl.load(xs, mask=live[:, None] & (ds < D)[None, :], other=0.0)
+        g_PT = tl.load(gs, mask=live[None, :] & (ps < P)[:, None], other=0.0)  # transposed as it is read
+        accumulated = multiply(g_PT, x_TD, accumulated, WIDEN)
         xs += x_step
         gs += g_step
     finish(accumulated, out, index, PARTIAL)
@@ -51,7 +51,7 @@ def tile_norm(x_BTd: Tensor, g_BTp: Tensor) -> Tensor:
     if g_BTp.shape[-1] < x_BTd.shape[-1]:  # |g^T x| = |x^T g|, and the table knows p >= d
         x_BTd, g_BTp = g_BTp, x_BTd
     (batch, T, d), p = x_BTd.shape, g_BTp.shape[-1]
-    chosen = tiles(x_BTd.device, x_BTd.dtype, linear_class(p, d))
+    chosen = tiles(x_BTd.device, x_BTd.dtype, linear_class(x_BTd, g_BTp))
     tiles_d = triton.cdiv(d, chosen.d)
     count = triton.cdiv(p, chosen.p) * tiles_d
     parts, each = split(T, batch * count, chosen.rows)

@@ -47,11 +47,11 @@ def split(rows: int, programs: int, block: int) -> tuple[int, int]:
 
 
 @triton.jit
-def multiply(left_RP, right_RD, accumulated_PD, WIDEN: tl.constexpr):  # type: ignore[no-untyped-def]
+def multiply(left_PR, right_RD, accumulated_PD, WIDEN: tl.constexpr):  # type: ignore[no-untyped-def]
     """Accumulated + left^T right, products exact and sums in float32."""
     if WIDEN:  # Triton's interpreter multiplies no bfloat16; the products are the same
-        left_RP, right_RD = left_RP.to(tl.float32), right_RD.to(tl.float32)
-    return tl.dot(tl.trans(left_RP), right_RD, accumulated_PD, input_precision="ieee")
+        left_PR, right_RD = left_PR.to(tl.float32), right_RD.to(tl.float32)
+    return tl.dot(left_PR, right_RD, accumulated_PD, input_precision="ieee")
 
 
 @triton.jit

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -50,10 +51,10 @@ for _half in (torch.bfloat16, torch.float16):
         TABLE[_sm, _half, "squares"] = Tiles(8, 1, 2048, 4, 1)
 for _sm in (SM80, SM90):
     # Exact float32 products run on the ordinary cores: operands live in registers, so tiles are smaller.
-    TABLE[_sm, torch.float32, "linear large"] = Tiles(16, 64, 64, 4, 3)
-    TABLE[_sm, torch.float32, "linear medium"] = Tiles(16, 64, 64, 4, 3)
+    TABLE[_sm, torch.float32, "linear large"] = Tiles(16 if _sm == SM80 else 32, 64, 64, 4, 3)
+    TABLE[_sm, torch.float32, "linear medium"] = Tiles(16 if _sm == SM80 else 32, 64, 64, 4, 3)
     TABLE[_sm, torch.float32, "linear skinny"] = Tiles(16, 128, 16, 4, 3)
-    TABLE[_sm, torch.float32, "convolution large"] = Tiles(16, 64, 64, 4, 2)
+    TABLE[_sm, torch.float32, "convolution large"] = Tiles(16, 64, 64, 8, 2)
     TABLE[_sm, torch.float32, "convolution small"] = Tiles(16, 32, 32, 4, 2)
     TABLE[_sm, torch.float32, "weighted sum"] = Tiles(8, 1, 512, 4, 1)
     TABLE[_sm, torch.float32, "squares"] = Tiles(8, 1, 2048, 4, 1)
@@ -66,11 +67,18 @@ def generation(device: torch.device) -> int:
     return SM90 if torch.cuda.get_device_capability(device)[0] in (9, 10) else SM80
 
 
-def linear_class(p: int, d: int) -> str:
-    """Shape class of a (p, d) gradient, p >= d."""
+def linear_class(x_BTd: Tensor, g_BTp: Tensor) -> str:
+    """Shape class of (p, d) gradients, p >= d."""
+    d = x_BTd.shape[-1]
     if d <= 32:
         return "linear skinny"
-    return "linear large" if d >= 128 else "linear medium"
+    return "linear large" if d >= 128 and _copies(x_BTd) and _copies(g_BTp) else "linear medium"
+
+
+def _copies(rows_BTn: Tensor) -> bool:
+    """Whether 16 bytes at a time can be copied to shared memory; otherwise loads take registers from the tile."""
+    *outer, step = rows_BTn.stride()
+    return step == 1 and not any(size % 16 for size in (rows_BTn.shape[-1], rows_BTn.data_ptr(), *outer))
 
 
 def convolution_class(p: int, taps: int) -> str:
