@@ -17,6 +17,7 @@ import os
 import re
 import subprocess
 import tempfile
+from pathlib import Path
 
 os.environ.pop("TRITON_INTERPRET", None)  # the interpreter's kernels cannot be compiled
 
@@ -29,6 +30,7 @@ from dither.kernels import convolution, linear, reduction, rows
 from dither.kernels.tiles import TABLE, Tiles
 
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+CUOBJDUMP = str(Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump")
 SHARED = {80: 99 * 1024, 90: 227 * 1024}
 """Bytes of shared memory that a program may take on every GPU that uses the entry."""
 
@@ -98,38 +100,46 @@ def resources(cubin: bytes) -> dict:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        said = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", said).groups()
     return {"registers": int(registers), "spills": int(stack)}
 
 
-def entries(only: str):
-    """(name, kernel, constants, dtype, generation, tiles) of everything that is compiled."""
+def entries():
+    """(shape class, name, kernel, constants, dtype, generation, tiles) of everything that is compiled."""
     for (sm, dtype, shape), tiles in TABLE.items():
         for name, kernel, constants in variants(shape, tiles):
-            if only in name:
-                yield name, kernel, constants, NAMES[dtype], sm, tiles
+            yield shape, name, kernel, constants, NAMES[dtype], sm, tiles
     for sm in (80, 90):
-        if only in "add and square":
-            constants = {"SIZE": 4096, "CHUNK": reduction.CHUNK}
-            yield "add and square", reduction.add_and_square, constants, "fp32", sm, Tiles(1, 1, reduction.CHUNK, 4, 3)
+        constants = {"SIZE": 4096, "CHUNK": reduction.CHUNK}
+        yield (
+            "add and square",
+            "add and square",
+            reduction.add_and_square,
+            constants,
+            "fp32",
+            sm,
+            Tiles(1, 1, reduction.CHUNK, 4, 3),
+        )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--only", default="", help="kernels with this in their name")
+    parser.add_argument("--dtype", choices=NAMES.values(), help="bf16, fp16 or fp32 only")
     options = parser.parse_args()
     if not options.json:
         print(f"Triton {triton.__version__}; compiled, not run\n")
         print(f"{'kernel':26} {'dtype':5} {'sm':>3} {'sizes':7} {'registers':>9} {'shared':>7} {'spills':>6}")
-    for name, kernel, constants, dtype, sm, tiles in entries(options.only):
-        for aligned in (True,) if name.startswith("linear large") and dtype != "fp32" else (True, False):
+    for shape, name, kernel, constants, dtype, sm, tiles in entries():
+        if options.only not in name or options.dtype not in (None, dtype):
+            continue
+        for aligned in (True,) if shape == "linear large" and dtype != "fp32" else (True, False):
             found = compiled(kernel, constants, dtype, sm, tiles, aligned)
             found = {"kernel": name, "dtype": dtype, "sm": sm, "sizes": "aligned" if aligned else "any", **found}
             if options.json:
-                print(json.dumps({**found, "allowed": SHARED[sm]}), flush=True)
+                print(json.dumps({**found, "class": shape, "allowed": SHARED[sm]}), flush=True)
             else:
                 print(
                     f"{name:26} {dtype:5} {sm:3} {found['sizes']:7} {found['registers']:9} {found['shared']:7} "
