@@ -83,6 +83,10 @@ class Rule:
         return Cost(0.0, 0.0, 0.0)
 
 
+_CHUNK = 1024
+"""Squares added one after another in float32. Of 2^23 the last digits are lost: the norm comes out 2e-4 too small."""
+
+
 def _rows(gradients: Tensor) -> Tensor:
     """(B, *shape) to (B, P), also if there are no examples."""
     if gradients.dim() == 2:
@@ -98,8 +102,16 @@ def squared_rows(gradients: Tensor) -> Tensor:
     if flat.is_complex():
         flat = torch.view_as_real(flat).flatten(1)
     wide = torch.promote_types(flat.dtype, torch.float32)
-    norms: Tensor = torch.linalg.vector_norm(flat, dim=1, dtype=wide)
-    return norms.square()
+    whole = flat.shape[1] - flat.shape[1] % _CHUNK
+    if whole <= _CHUNK:
+        return _norms(flat, wide).square()
+    squares = _norms(flat[:, :whole].unflatten(1, (-1, _CHUNK)), wide).square().sum(1, dtype=torch.float64)
+    return squares.add_(_norms(flat[:, whole:], wide).square()).to(wide)
+
+
+def _norms(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=-1, dtype=dtype)
+    return norms
 
 
 def add_weighted(gradients: Tensor, weights: Tensor, into: Tensor, kept: Tensor | None = None) -> None:
