@@ -26,13 +26,19 @@ def serve(*tensors: Tensor) -> bool:
     """Whether the kernels take these tensors; if not, the caller goes the ordinary way."""
     if not (tensors[0].is_cuda or _INTERPRETED):
         return False
-    first = tensors[0]
-    return _runs_on(first.device) and all(
-        type(t) in (Tensor, torch.nn.Parameter)  # others have a memory, or a dispatch, of their own
-        and t.device == first.device
-        and t.dtype in _DTYPES
-        and t.numel() > 0
-        for t in tensors
+    device = tensors[0].device
+    return _runs_on(device) and all(t.device == device and _readable(t) for t in tensors)
+
+
+def _readable(tensor: Tensor) -> bool:
+    """Whether the tensor's memory holds its numbers as they are."""
+    return (
+        type(tensor) in (Tensor, torch.nn.Parameter)  # others have a memory, or a dispatch, of their own
+        and tensor.layout is torch.strided
+        and tensor.dtype in _DTYPES
+        and tensor.numel() > 0
+        and not tensor.is_neg()
+        and not torch._is_zerotensor(tensor)
     )
 
 

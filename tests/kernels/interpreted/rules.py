@@ -83,3 +83,11 @@ def test_float64_keeps_the_ordinary_way(used):
     assert used == []
     assert not kernels.serve(x) and not kernels.serve(torch.ones(2), torch.ones(2, dtype=torch.complex64))
     assert not kernels.serve(torch.ones(0, 3)) and not kernels.serve(torch.ones(2, device="meta"))
+
+
+def test_memory_that_is_not_the_numbers_is_declined():
+    negated = torch.ones(2, dtype=torch.complex64).conj().imag
+    assert negated.is_neg() and not kernels.serve(negated)
+    assert not kernels.serve(torch.ones(2, 2).to_sparse())
+    assert not kernels.serve(torch._efficientzerotensor(2))
+    assert kernels.serve(torch.ones(2), nn.Parameter(torch.ones(2)))
