@@ -25,7 +25,7 @@ _VANISHING = 1e-30
 """Squared norms below this are taken in float64: float32 cannot hold the products they are made of."""
 
 _TILE_ELEMENTS = 1 << 21
-"""Largest tile of per-example gradients kept at once, in elements: of 2^18 to 2^23 the fastest on four shapes."""
+"""Largest tile of per-example gradients kept at once, in elements: of 2^18 to 2^23 near the fastest on four shapes."""
 
 
 def _at_least_float32(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
