@@ -6,6 +6,7 @@ it has an edge to the parameter, receives the output gradients, and can be asked
 
 from __future__ import annotations
 
+import re
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
@@ -19,6 +20,9 @@ from dither.capture.uses import Hidden, OpCall, ParamUse, Tape
 
 OWN = "_AnchorBackward"
 """Name of the graph nodes that dither itself puts behind fresh outputs."""
+
+_OPERATION = re.compile(r"Backward\d+$|^AccumulateGrad$")
+"""Names of the graph nodes' types that torch generates for its own operations."""
 
 
 class CustomNodes:
@@ -84,6 +88,8 @@ class CustomNodes:
 
 
 def _is_custom(node: Any) -> bool:
+    if _OPERATION.search(type(node).__name__) and not isinstance(node, BackwardCFunction):
+        return False
     name: str = node.name()
     if isinstance(node, BackwardCFunction):
         return name != OWN

@@ -6,6 +6,7 @@ Li et al. 2022 (arXiv:2110.05679, section 4) for T rows.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -76,20 +77,31 @@ def outer_ghost_norm(x_BTd: Tensor, g_BTp: Tensor) -> Tensor:
         return (_norms(x_BTd) * _norms(g_BTp)).square()
     if x_BTd.is_complex():
         return outer_tile_norm(x_BTd, g_BTp)
-    step = max(1, _GRAM_ELEMENTS // max(1, x_BTd.shape[0] * rows))
+    step = _gram_rows(x_BTd.shape[0], rows)
     total: Tensor | float = 0.0
     terms: Tensor | float = 0.0
     for start in range(0, rows, step):
-        gram = torch.bmm(x_BTd[:, start : start + step], x_BTd.mT)
-        gram.mul_(torch.bmm(g_BTp[:, start : start + step], g_BTp.mT))
-        total = total + gram.sum((1, 2))
-        terms = terms + squared_rows(gram)
+        # Gram matrices are symmetric: of each block of rows, the part left of the diagonal block counts twice.
+        stop = min(rows, start + step)
+        products = torch.bmm(x_BTd[:, start:stop], x_BTd[:, :stop].mT)
+        products.mul_(torch.bmm(g_BTp[:, start:stop], g_BTp[:, :stop].mT))
+        total = total + products[:, :, start:].sum((1, 2))
+        terms = terms + squared_rows(products)
+        if start:
+            left = products[:, :, :start]
+            total, terms = total + 2.0 * left.sum((1, 2)), terms + squared_rows(left)
     assert isinstance(total, Tensor) and isinstance(terms, Tensor)
     if total.dtype == torch.float32 and bool((vanishing := total < _VANISHING).any()) and bool(g_BTp[vanishing].any()):
         return outer_tile_norm(x_BTd.double(), g_BTp.double())
     if bool((total < 0.05 * terms.sqrt()).any()):
         return outer_tile_norm(x_BTd, g_BTp)
     return total
+
+
+def _gram_rows(batch: int, rows: int) -> int:
+    """Rows of a block of Gram matrices: near the fastest of those measured, and bounded in memory."""
+    fast = 8 * math.ceil(math.sqrt(rows) / 2)
+    return max(1, min(fast, _GRAM_ELEMENTS // max(1, batch * rows)))
 
 
 class LinearWeight(Rule):
