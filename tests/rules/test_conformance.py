@@ -9,6 +9,7 @@ from torch import Tensor
 import dither
 import oracle
 from cases import CASES
+from dither.rules import conv
 
 BOUND = {torch.float64: 1e-10, torch.float32: 1e-5}
 
@@ -49,3 +50,10 @@ def test_rule(name, dtype):
         assert oracle.relative_error(result.gradients, expected) <= BOUND[dtype], strategy
         torch.testing.assert_close(result.norms.double(), norms, rtol=BOUND[dtype], atol=0, msg=strategy)
         assert result.sensitivity == bound
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("conv")])
+def test_convolutions_one_example_at_a_time_inside_the_rule(name, dtype, monkeypatch):
+    """As large convolutions are taken: torch's own weight gradient of each example's maps."""
+    monkeypatch.setattr(conv, "_LITTLE_WORK", 0.0)
+    test_rule(name, dtype)

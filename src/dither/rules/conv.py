@@ -8,7 +8,7 @@ gradient of a convolution with the same weight, so the two maps change places: t
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,11 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import dither.kernels as kernels
+from dither.capture.examples import ExampleAxis
 from dither.capture.uses import ParamUse
 from dither.errors import ExampleAxisError
 from dither.rules.affine import ChannelBias
 from dither.rules.linear import outer_ghost_norm, outer_gradient, outer_tile_norm
-from dither.rules.rule import Cost, Rule, register_rule
+from dither.rules.rule import Cost, Rule, register_rule, squared_rows
+
+_LITTLE_WORK = 1e5
+"""Floating-point operations of one example's gradient below which a call for each example costs more."""
 
 
 class ConvWeight(Rule):
@@ -95,7 +99,46 @@ class ConvWeight(Rule):
 
     def per_example_gradient(self, use: ParamUse, grad_output: Tensor, out: Tensor | None = None) -> Tensor:
         """Shape (B, O, C/groups, *taps)."""
-        return outer_gradient(*self._rows(use, grad_output)).reshape(use.batch, *use.parameter.shape)
+        maps = self._maps_by_example(use, grad_output)
+        if maps is None:
+            return outer_gradient(*self._rows(use, grad_output)).reshape(use.batch, *use.parameter.shape)
+        if out is None or out.dtype != grad_output.dtype:
+            out = grad_output.new_empty(use.batch, *use.parameter.shape)
+        for row, (wide, narrow) in zip(out, maps, strict=True):
+            row.copy_(self._weight_gradient(use, wide, narrow))
+        return out
+
+    def _maps_by_example(self, use: ParamUse, grad_output: Tensor) -> Iterator[tuple[Tensor, Tensor]] | None:
+        """Each example's maps, for torch's own weight gradient: it writes no patches, which pays where there is work.
+
+        None where patches are better, or have to be taken.
+        """
+        layout, x = use.examples, use.operand("input")
+        regular = isinstance(layout, ExampleAxis) and layout.axis == 0 and layout.outer == 1
+        precise = x.dtype == grad_output.dtype and x.dtype in (torch.float32, torch.float64)
+        if not layout.batch or not regular or not precise or self.cost(use).hold < _LITTLE_WORK * layout.batch:
+            return None
+        wide, narrow = self._maps(use, grad_output)
+        return zip(wide.split(layout.inner), narrow.split(layout.inner), strict=True)
+
+    def _weight_gradient(self, use: ParamUse, wide: Tensor, narrow: Tensor) -> Tensor:
+        """The ordinary weight gradient, summed over all maps."""
+        stride, _, dilation, groups = self._options(use)
+        weight, zeros = use.operand("weight"), [0] * self.dims
+        gradients: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.convolution_backward(
+            narrow,
+            wide.to(narrow.dtype),
+            weight.to(narrow.dtype),
+            None,
+            stride,
+            zeros,
+            dilation,
+            False,
+            zeros,
+            groups,
+            [False, True, False],
+        )
+        return gradients[1]
 
     def _norm(self, use: ParamUse, grad_output: Tensor, ghost: bool) -> Tensor:
         norm = outer_ghost_norm if ghost else outer_tile_norm
@@ -106,9 +149,14 @@ class ConvWeight(Rule):
         return self._norm(use, grad_output, ghost=True)
 
     def tile_squared_norm(self, use: ParamUse, grad_output: Tensor) -> Tensor:
-        """Norm in tiles of output channels; on a GPU without writing patches."""
+        """Norm in tiles of output channels, or of one example at a time; on a GPU without writing patches."""
         squares = self._in_kernel(use, grad_output) if kernels.serve(grad_output) else None
-        return self._norm(use, grad_output, ghost=False) if squares is None else squares
+        if squares is not None:
+            return squares
+        maps = self._maps_by_example(use, grad_output)
+        if maps is None:
+            return self._norm(use, grad_output, ghost=False)
+        return torch.cat([squared_rows(self._weight_gradient(use, *both).unsqueeze(0)) for both in maps])
 
     def _in_kernel(self, use: ParamUse, grad_output: Tensor) -> Tensor | None:
         wide, narrow = self._unpadded(use, grad_output)
@@ -126,24 +174,9 @@ class ConvWeight(Rule):
         if grad_output.is_complex():
             super().add_weighted_sum(use, grad_output, weights, into)
             return
-        stride, _, dilation, groups = self._options(use)
         scale = weights.to(grad_output.dtype)[use.examples.owners(grad_output.device)]
         wide, narrow = self._maps(use, grad_output * scale.view(-1, *[1] * (self.dims + 1)))
-        weight, zeros = use.operand("weight"), [0] * self.dims
-        (_, gradient, _) = torch.ops.aten.convolution_backward(
-            narrow,
-            wide.to(narrow.dtype),
-            weight.to(narrow.dtype),
-            None,
-            stride,
-            zeros,
-            dilation,
-            False,
-            zeros,
-            groups,
-            [False, True, False],
-        )
-        into.add_(gradient)
+        into.add_(self._weight_gradient(use, wide, narrow))
 
     def cost(self, use: ParamUse) -> Cost:
         """The linear rule's, with T = positions and d = taps."""
