@@ -75,17 +75,19 @@ class Held:
     def __init__(self, buffers: Buffers) -> None:
         self._buffers = buffers
         self._gradients: Tensor | None = None
+        self._squared: Tensor | None = None
 
     def receive(self, use: ParamUse, grad_output: Tensor) -> None:
-        """Form the gradients, in memory kept from the last step for large parameters."""
+        """Form the gradients, in memory kept from the last step for large parameters; take the norm while in cache."""
         out = None
         if not use.rule.holds_cheaply:
             out = self._buffers.take((use.name, use.slot), use.batch, use.parameter.detach())
         self._gradients = use.rule.per_example_gradient(use, grad_output, out)
+        self._squared = squared_rows(self._gradients)
 
     def squared_norm(self) -> Tensor | None:
-        """Of what is held."""
-        return None if self._gradients is None else squared_rows(self._gradients)
+        """As computed on arrival."""
+        return self._squared
 
     def formed(self) -> Tensor | None:
         """What is held."""
