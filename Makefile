@@ -1,7 +1,8 @@
 # Needs Python >= 3.10 with pip, and make. Everything else is installed into .venv by the first target that wants it.
 #   make demo          train the tiny DiT on digits under differential privacy (about three minutes on two cores)
 #   make test          ruff, mypy, pytest
-#   make opacus-suite  Opacus's own tests on dither.opacus        make check   both
+#   make opacus-suite  Opacus's own tests on dither.opacus (EXAMPLES=100: all that hypothesis draws by itself)
+#   make check         both
 #   make bench         step time and peak memory of private training beside other libraries (hours; ARGS=--smoke: minutes)
 #   make sweep         10,000 generated models in every strategy (a quarter of an hour on two cores)
 #   make test TORCH=2.6.0        another torch        make test CONSTRAINTS=        no pinned versions

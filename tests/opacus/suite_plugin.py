@@ -6,7 +6,10 @@ that an exception that is no longer one is noticed.
 
 from __future__ import annotations
 
+import os
+
 import pytest
+from hypothesis import settings
 
 import dither.opacus
 
@@ -48,6 +51,9 @@ EXCEPTIONS = {
 
 def pytest_configure(config):
     dither.opacus.install()
+    # Opacus's tests leave the number of drawn examples to hypothesis, which takes 100; EXAMPLES=100 does as they do.
+    settings.register_profile("suite", max_examples=int(os.environ.get("EXAMPLES", "30")))
+    settings.load_profile("suite")
 
 
 def pytest_collection_modifyitems(items):
