@@ -4,7 +4,7 @@
     python benchmarks/update_time.py --width 384 --threads 1
 
 The private update adds noise, divides by the expected batch size and steps. The sums are there already: what they cost
-is `benchmarks/step_time.py`'s. Quote the ratios: lone times say more of the machine than of the code.
+is `dither bench`'s. Quote the ratios: lone times say more of the machine than of the code.
 """
 
 from __future__ import annotations
