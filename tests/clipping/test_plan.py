@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import dither
@@ -70,18 +71,103 @@ def test_products_across_uses_give_the_norm_of_their_sum(case, dtype):
     assert oracle.relative_error(crossed.gradients, formed.gradients) <= bound
 
 
-def test_uses_that_cancel_are_multiplied_again_in_float64():
-    layer = nn.Linear(3, 3, bias=False)
-    x = torch.randn(4, 6, 3)
+def test_uses_that_cancel_keep_the_bound():
+    layer = nn.Linear(64, 64, bias=False)
+    x, scale = torch.randn(1, 64, 64), torch.randn(1, 64, 64) * 1e3
+    y = x + 1e-6 * torch.randn_like(x)
 
     def loss_fn():  # the two gradients are all but opposite
-        return (layer(x) - layer(x * (1 + 1e-4))).sum((1, 2)) * 1e3
+        return ((layer(x) - layer(y)) * scale).sum((1, 2))
 
-    crossed = dither.per_example_norms(layer, loss_fn)
-    exact = dither.clipped_sum(
-        layer.double(), lambda: (layer(x.double()) - layer((x * (1 + 1e-4)).double())).sum((1, 2)) * 1e3
-    )
-    assert torch.allclose(crossed.double(), exact.norms, rtol=1e-5)
+    for strategy in ("ghost", "tile", "two_pass"):
+        result = dither.clipped_sum(layer, loss_fn, max_grad_norm=0.1, strategy=strategy)
+        assert set(strategies(result.plan).values()) == {"cross"}
+        assert float(result.gradients["weight"].norm()) <= 0.1 * (1 + 1e-5)
+
+
+def test_products_that_float32_cannot_hold_are_not_taken_for_zero():
+    layer = nn.Linear(8, 8, bias=False)
+    x, scale = torch.randn(6, 8) * 1e18, torch.randn(6, 8) * 1e-23
+
+    def loss_fn():
+        return ((layer(x) + layer(x.flip(-1))) * scale).sum(1)
+
+    formed = dither.clipped_sum(layer, loss_fn, max_grad_norm=1e-6, strategy="hold")
+    for strategy in ("ghost", "tile", "two_pass"):
+        result = dither.clipped_sum(layer, loss_fn, max_grad_norm=1e-6, strategy=strategy)
+        assert torch.allclose(result.norms, formed.norms, rtol=1e-5, atol=0) and float(result.norms.min()) > 0
+        assert oracle.relative_error(result.gradients, formed.gradients) <= 1e-5
+
+
+@pytest.mark.parametrize("strategy", ["auto", "hold", "ghost", "tile", "two_pass"])
+def test_what_lies_behind_a_computed_tensor_is_part_of_what_a_plan_is_kept_for(strategy, double_precision):
+    class Switched(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Parameter(torch.randn(24, 24)), nn.Parameter(torch.randn(24, 24))
+            self.chosen = "second"
+
+        def forward(self, x):
+            return F.linear(F.linear(x, self.first).tanh(), getattr(self, self.chosen) * 2)
+
+    model, x = Switched(), torch.randn(6, 5, 24)
+    for model.chosen in ("second", "second", "second", "second", "first"):
+        truth = oracle.per_example_gradients(model, lambda: model(x).square().mean((1, 2)))
+        bound = float(oracle.norms(truth).median())
+        result = dither.clipped_sum(
+            model, lambda: model(x).square().mean((1, 2)), max_grad_norm=bound, strategy=strategy
+        )
+        assert oracle.relative_error(result.gradients, oracle.clipped_sum(truth, bound)) <= 1e-10
+
+
+def test_a_use_that_is_reached_later_is_not_multiplied(double_precision):
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(24, 24))
+
+        def forward(self, x):
+            open_one = F.linear(x, self.weight).square().mean((1, 2))
+            return open_one + F.relu((x.unsqueeze(-2) * self.weight).square().mean((1, 2, 3)) - 1e4)
+
+    model, x = Gated(), torch.randn(6, 5, 24)
+    for scale in (1, 1, 1, 1000):
+        result = dither.clipped_sum(model, lambda s=scale: model(x * s), strategy="ghost", max_grad_norm=1e9)
+        truth = oracle.per_example_gradients(model, lambda s=scale: model(x * s))
+        assert oracle.relative_error(result.gradients, oracle.clipped_sum(truth, 1e9)) <= 1e-10
+
+
+class InPlace(torch.autograd.Function):
+    """Changes its gradient in place, which torch forbids and people do."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient.mul_(100.0)
+
+
+@pytest.mark.parametrize("strategy", ["auto", "hold", "ghost", "tile", "two_pass"])
+@pytest.mark.parametrize("shape", [(1, 8), (1, 3, 8)])
+def test_a_gradient_changed_in_place_after_its_norm_never_exceeds_the_bound(strategy, shape):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.outer = nn.Parameter(torch.randn(8, 8)), nn.Parameter(torch.randn(8, 8))
+            self.bias = nn.Parameter(torch.randn(8))
+
+        def forward(self, x):
+            return InPlace.apply(F.linear(x * 1e-6, self.inner) + 0) + F.linear(x, self.outer) + self.bias
+
+    model, x = Model(), torch.randn(shape) * 1e-3
+    try:
+        result = dither.clipped_sum(model, lambda: model(x).square().flatten(1).sum(1), strategy=strategy)
+    except errors.SavedInputChangedError as error:
+        assert "in place during the backward pass" in str(error)
+    else:
+        assert float(sum(g.square().sum() for g in result.gradients.values()).sqrt()) <= 1 + 1e-5
 
 
 def test_a_large_table_that_is_tied_is_never_formed():

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dither.capture.uses import ParamUse
+from dither.errors import SavedInputChangedError
 from dither.rules.crossing import crossed_norm
 from dither.rules.rule import add_weighted, squared_rows
 
@@ -76,6 +77,7 @@ class Held:
         self._buffers = buffers
         self._gradients: Tensor | None = None
         self._squared: Tensor | None = None
+        self._version = 0
 
     def receive(self, use: ParamUse, grad_output: Tensor) -> None:
         """Form the gradients, in memory kept from the last step for large parameters; take the norm while in cache."""
@@ -83,7 +85,7 @@ class Held:
         if not use.rule.holds_cheaply:
             out = self._buffers.take((use.name, use.slot), use.batch, use.parameter.detach())
         self._gradients = use.rule.per_example_gradient(use, grad_output, out)
-        self._squared = squared_rows(self._gradients)
+        self._squared, self._version = squared_rows(self._gradients), self._gradients._version
 
     def squared_norm(self) -> Tensor | None:
         """As computed on arrival."""
@@ -91,12 +93,15 @@ class Held:
 
     def formed(self) -> Tensor | None:
         """What is held."""
+        if self._gradients is not None:
+            check_gradient(self._gradients, self._version)
         return self._gradients
 
     def add_weighted_sum(self, weights: Tensor, into: Tensor) -> None:
         """A weighted sum over the first axis."""
-        if self._gradients is not None:
-            add_weighted(self._gradients, weights, into)
+        held = self.formed()
+        if held is not None:
+            add_weighted(held, weights, into)
 
 
 class NotFormed:
@@ -106,10 +111,11 @@ class NotFormed:
         self.strategy = strategy
         self._kept: tuple[ParamUse, Tensor] | None = None
         self._squared: Tensor | None = None
+        self._version = 0
 
     def receive(self, use: ParamUse, grad_output: Tensor) -> None:
         """Compute the norm at once, while the tensors are in cache."""
-        self._kept = (use, grad_output)
+        self._kept, self._version = (use, grad_output), grad_output._version
         norm = use.rule.squared_norm if self.strategy == "ghost" else use.rule.tile_squared_norm
         self._squared = norm(use, grad_output)
 
@@ -131,6 +137,7 @@ class NotFormed:
         if self._kept is None:
             return None
         use, grad_output = self._kept
+        check_gradient(grad_output, self._version)
         return use.rule.per_example_gradient(use, grad_output)  # type: ignore[no-any-return]
 
     def add_weighted_sum(self, weights: Tensor, into: Tensor) -> None:
@@ -138,6 +145,7 @@ class NotFormed:
         if self._kept is not None:
             use, grad_output = self._kept
             use.call.check_unchanged()
+            check_gradient(grad_output, self._version)
             use.rule.add_weighted_sum(use, grad_output, weights, into)
 
 
@@ -148,30 +156,49 @@ class Crossed:
     keeps_inputs = True
 
     def __init__(self) -> None:
-        self._kept: list[tuple[ParamUse, Tensor]] = []
+        self._kept: list[tuple[ParamUse, Tensor, int]] = []
+        self._formed: Tensor | None = None
 
     def receive(self, use: ParamUse, grad_output: Tensor) -> None:
         """Keep them: the norm needs all."""
-        self._kept.append((use, grad_output))
+        self._kept.append((use, grad_output, grad_output._version))
+
+    def _received(self) -> list[tuple[ParamUse, Tensor]]:
+        for _, grad_output, version in self._kept:
+            check_gradient(grad_output, version)
+        return [(use, grad_output) for use, grad_output, _ in self._kept]
 
     def squared_norm(self) -> Tensor | None:
-        """From the products of all rows."""
-        if len(self._kept) == 1:
-            use, grad_output = self._kept[0]
+        """From the products of all rows; where these cancel, of the gradients, which the sum then takes as well."""
+        received = self._received()
+        if not received:
+            return None
+        if len(received) == 1:
+            use, grad_output = received[0]
             alone: Tensor = use.rule.squared_norm(use, grad_output)
             return alone
-        return crossed_norm([use.rule.row_factors(use, g) for use, g in self._kept]) if self._kept else None
+        squared = crossed_norm([use.rule.row_factors(use, g) for use, g in received])
+        if squared is not None:
+            return squared
+        self._formed = self.formed()
+        assert self._formed is not None
+        return squared_rows(self._formed)
 
     def formed(self) -> Tensor | None:
         """Formed now, for the rare examples that need it."""
+        if self._formed is not None:
+            return self._formed
         every = Added()
-        for use, grad_output in self._kept:
+        for use, grad_output in self._received():
             every.receive(use, grad_output)
         return every.formed()
 
     def add_weighted_sum(self, weights: Tensor, into: Tensor) -> None:
         """One weighted product a use."""
-        for use, grad_output in self._kept:
+        if self._formed is not None:
+            add_weighted(self._formed, weights, into)
+            return
+        for use, grad_output in self._received():
             use.call.check_unchanged()
             use.rule.add_weighted_sum(use, grad_output, weights, into)
 
@@ -185,6 +212,7 @@ class Added:
     def __init__(self) -> None:
         self._gradients: Tensor | None = None
         self._own = False
+        self._version = 0
 
     def receive(self, use: ParamUse, grad_output: Tensor) -> None:
         """Form and add."""
@@ -193,24 +221,29 @@ class Added:
     def add(self, gradients: Tensor) -> None:
         """Add per-example gradients (B, *shape)."""
         if self._gradients is None:
-            self._gradients = gradients
+            self._gradients, self._version = gradients, gradients._version
         elif self._own and self._gradients.dtype == gradients.dtype:
             self._gradients += gradients
         else:  # the first may be a view of an output gradient, which is not ours to change
+            check_gradient(self._gradients, self._version)
             self._gradients, self._own = self._gradients + gradients, True
 
     def squared_norm(self) -> Tensor | None:
         """Of the sum of all uses."""
-        return None if self._gradients is None else squared_rows(self._gradients)
+        gradients = self.formed()
+        return None if gradients is None else squared_rows(gradients)
 
     def formed(self) -> Tensor | None:
         """The sum of all uses."""
+        if self._gradients is not None and not self._own:
+            check_gradient(self._gradients, self._version)
         return self._gradients
 
     def add_weighted_sum(self, weights: Tensor, into: Tensor) -> None:
         """A weighted sum over the first axis."""
-        if self._gradients is not None:
-            add_weighted(self._gradients, weights, into)
+        gradients = self.formed()
+        if gradients is not None:
+            add_weighted(gradients, weights, into)
 
 
 def pull_back(computed: Tensor, gradients: Tensor, leaves: list[Tensor]) -> list[Tensor | None]:
@@ -228,3 +261,13 @@ def pull_back(computed: Tensor, gradients: Tensor, leaves: list[Tensor]) -> list
         computed, leaves, gradients.to(computed.dtype), is_grads_batched=True, retain_graph=True, allow_unused=True
     )
     return list(pulled)
+
+
+def check_gradient(gradient: Tensor, version: int) -> None:
+    """Raise SavedInputChangedError if somebody changed a gradient in place after its norm was taken."""
+    if gradient._version != version:
+        raise SavedInputChangedError(
+            f"A gradient of shape {tuple(gradient.shape)} was changed in place during the backward pass, after it was "
+            "taken for the clipped sum: it would not be what was clipped.",
+            fix="let backward methods and hooks return a new tensor (grad * 2 instead of grad.mul_(2)), as torch asks",
+        )

@@ -14,6 +14,7 @@ from dither.clipping.functions import all_finite
 from dither.clipping.machine import free_memory
 from dither.clipping.plan import Candidate, Plan, make_plan
 from dither.clipping.recording import Recorded
+from dither.errors import CoverageError
 from dither.rules.rule import add_weighted
 
 
@@ -34,7 +35,7 @@ class Gradients:
         self.collectors: dict[str, Collector] = {}
         self._leaves: dict[int, list[str]] = {}
         self.plan = recordings[0].planned(
-            None if len(recordings) > 1 else (strategy, memory_budget),
+            None if len(recordings) > 1 else (strategy, memory_budget, tuple(tuple(self._leaves_of(u)) for u in uses)),
             lambda: self._make_plan(uses, strategy, memory_budget),
         )
         for use, planned in zip(uses, self.plan.uses, strict=True):
@@ -55,7 +56,7 @@ class Gradients:
             for name in self._leaves_of(use):
                 of.setdefault(name, []).append(use)
         crosses = {
-            name: all(id(u.parameter) in self._names and (u.axis is None or u.rule.crosses(u)) for u in found)
+            name: all(id(u.parameter) in self._names and u.axis is not None and u.rule.crosses(u) for u in found)
             for name, found in of.items()
         }
         return [
@@ -89,8 +90,14 @@ class Gradients:
             pulled = pull_back(use.parameter, gradients, [self._parameters[n] for n in names])
         for name, gradient in zip(names, pulled, strict=True):
             collector = self.collectors[name]
-            if gradient is not None and isinstance(collector, Added):
-                collector.add(gradient)
+            if gradient is None:
+                continue
+            if not isinstance(collector, Added):  # a gradient that went nowhere would be missing from the norm
+                raise CoverageError(
+                    f"Parameter {name} was planned as {collector.strategy}, and is used through another tensor too.",
+                    fix="report this model to dither; strategy='hold' may help meanwhile",
+                )
+            collector.add(gradient)
 
     def keeps_inputs(self, use: ParamUse) -> bool:
         """Whether a use's inputs are needed until the sum: its gradients were not formed as they arrived."""

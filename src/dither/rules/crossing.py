@@ -18,6 +18,9 @@ from torch import Tensor
 _GRAM_ELEMENTS = 1 << 24
 """Largest block of products kept at once, in elements."""
 
+_VANISHING = 1e-30
+"""Squared norms below this may have lost products that float32 cannot hold."""
+
 
 @dataclass(frozen=True)
 class RowFactors:
@@ -36,25 +39,19 @@ class RowFactors:
         """Whether the left factors are unit vectors."""
         return self.left.dim() == 2
 
-    def double(self) -> RowFactors:
-        """The same in float64."""
-        return RowFactors(self.left if self.looked_up else self.left.double(), self.right.double())
-
     def block(self, start: int, stop: int) -> RowFactors:
         """Some of the rows."""
         return RowFactors(self.left[:, start:stop], self.right[:, start:stop])
 
 
-def crossed_norm(uses: Sequence[RowFactors]) -> Tensor:
+def crossed_norm(uses: Sequence[RowFactors]) -> Tensor | None:
     """Squared norm of the sum of the uses' gradients, (B,), in float32 or wider.
 
-    The sum can cancel; where it is small against its terms, it is taken again in float64.
+    None where it is small against its terms, or vanishes: then the uses cancel, or float32 cannot hold their products,
+    and norm and sum would not round alike.
     """
-    lists = _joined(uses)
-    total, terms = _totals(lists)
-    if total.dtype == torch.float32 and bool((total < 0.05 * terms).any()):
-        total = _totals([rows.double() for rows in lists])[0]
-    return total.clamp_min(0)
+    total, terms = _totals(_joined(uses))
+    return None if bool(((total < 0.05 * terms) | (total < _VANISHING)).any()) else total
 
 
 def _joined(uses: Sequence[RowFactors]) -> list[RowFactors]:
