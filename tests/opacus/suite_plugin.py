@@ -52,7 +52,7 @@ EXCEPTIONS = {
 def pytest_configure(config):
     dither.opacus.install()
     # Opacus's tests leave the number of drawn examples to hypothesis, which takes 100; EXAMPLES=100 does as they do.
-    settings.register_profile("suite", max_examples=int(os.environ.get("EXAMPLES", "30")))
+    settings.register_profile("suite", max_examples=int(os.environ.get("EXAMPLES", "10")))
     settings.load_profile("suite")
 
 
