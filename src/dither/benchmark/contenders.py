@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dither.benchmark import competitors
-from dither.benchmark.models import Workload
+from dither.benchmark.models import MicroBatch, Workload
 from dither.clipping import clipped_sum
 from dither.errors import ConfigurationError
 from dither.noise import GaussianNoise
@@ -76,8 +76,8 @@ class Dither:
             total.zero_()
         for batch in self.batches:
 
-            def losses(batch: object = batch) -> Tensor:
-                return self.workload.losses(self.model(*batch.inputs), batch.target)  # type: ignore[attr-defined]
+            def losses(batch: MicroBatch = batch) -> Tensor:
+                return self.workload.losses(self.model(*batch.inputs), batch.target)
 
             clipped_sum(self.model, losses, max_grad_norm=MAX_GRAD_NORM, strategy=self.strategy, into=self.totals)
         return self.totals

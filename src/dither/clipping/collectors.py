@@ -138,7 +138,8 @@ class NotFormed:
             return None
         use, grad_output = self._kept
         check_gradient(grad_output, self._version)
-        return use.rule.per_example_gradient(use, grad_output)  # type: ignore[no-any-return]
+        gradients: Tensor = use.rule.per_example_gradient(use, grad_output)
+        return gradients
 
     def add_weighted_sum(self, weights: Tensor, into: Tensor) -> None:
         """One weighted product over all rows."""

@@ -17,6 +17,8 @@ from dither.kernels.reduction import INTERPRETED, finish, multiply, split, squar
 from dither.kernels.tiles import convolution_class, tiles
 
 
+# Triton compiles a kernel from its source: its arguments are pointers and constants that no annotation names, hence the
+# `type: ignore` of each.
 @triton.jit
 def convolution_tiles(  # type: ignore[no-untyped-def]
     x, g, out, R, P, Q, H, W, OH, OW, each, parts, tiles, tiles_p, tiles_q,

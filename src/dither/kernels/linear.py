@@ -10,6 +10,8 @@ from dither.kernels.reduction import INTERPRETED, finish, multiply, split, squar
 from dither.kernels.tiles import linear_class, tiles
 
 
+# Triton compiles a kernel from its source: its arguments are pointers and constants that no annotation names, hence the
+# `type: ignore` of each.
 @triton.jit
 def linear_tiles(  # type: ignore[no-untyped-def]
     x, g, out, T, P, D, each, parts, tiles, tiles_d,

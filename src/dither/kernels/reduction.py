@@ -46,6 +46,8 @@ def split(rows: int, programs: int, block: int) -> tuple[int, int]:
     return triton.cdiv(rows, each), each
 
 
+# Triton compiles a kernel from its source: its arguments are pointers and constants that no annotation names, hence the
+# `type: ignore` of each.
 @triton.jit
 def multiply(left_PR, right_RD, accumulated_PD, WIDEN: tl.constexpr):  # type: ignore[no-untyped-def]
     """Accumulated + left^T right, products exact and sums in float32."""

@@ -13,6 +13,8 @@ _BLOCKS = 8
 """Most blocks of columns that one program squares."""
 
 
+# Triton compiles a kernel from its source: its arguments are pointers and constants that no annotation names, hence the
+# `type: ignore` of each.
 @triton.jit
 def weighted_sum(  # type: ignore[no-untyped-def]
     held, weights, kept, into, B, P, held_b, BLOCK_B: tl.constexpr, BLOCK_P: tl.constexpr, MASKED: tl.constexpr
