@@ -28,6 +28,12 @@ def test_blocks_are_bounded_in_memory(monkeypatch):
 def test_rows_that_cancel_are_taken_in_tiles():
     x = torch.randn(2, 1, 6).repeat(1, 40, 1)
     g = torch.randn(2, 20, 5)
-    g = torch.cat([g, -g], 1) + 1e-4 * torch.randn(2, 40, 5)
+    g = torch.cat([g, -g], 1) + 1e-2 * torch.randn(2, 40, 5)
     formed = torch.bmm(g.double().mT, x.double()).square().sum((1, 2))
     torch.testing.assert_close(linear.outer_ghost_norm(x, g).double(), formed, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("norm", [linear.outer_ghost_norm, linear.outer_tile_norm])
+def test_rows_that_cancel_further_have_to_be_formed(norm):
+    x, g = torch.randn(2, 1, 6).repeat(1, 40, 1), torch.randn(2, 20, 5)
+    assert norm(x, torch.cat([g, -g], 1) + 1e-5 * torch.randn(2, 40, 5)) is None

@@ -170,7 +170,8 @@ def _second_pass(recording: Recording, gradients: Gradients, factors: Tensor, su
     """Send the losses back as before, so that what is weighted is, to the last bit, what the norms were taken of."""
 
     def receive(use: ParamUse, grad_output: Tensor) -> bool:
-        if isinstance(gradients.collectors.get(use.name), NotFormed):
+        collector = gradients.collectors.get(use.name)
+        if isinstance(collector, NotFormed) and collector.needs_pass:
             use.rule.add_weighted_sum(use, grad_output, factors, sums[use.name])
         return gradients.keeps_inputs(use)
 

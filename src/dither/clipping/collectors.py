@@ -110,19 +110,30 @@ class NotFormed:
     def __init__(self, strategy: str) -> None:
         self.strategy = strategy
         self._kept: tuple[ParamUse, Tensor] | None = None
+        self._formed: Tensor | None = None
         self._squared: Tensor | None = None
         self._version = 0
 
     def receive(self, use: ParamUse, grad_output: Tensor) -> None:
-        """Compute the norm at once, while the tensors are in cache."""
-        self._kept, self._version = (use, grad_output), grad_output._version
+        """Compute the norm at once, while the tensors are in cache; where rows cancel, form the gradients."""
+        self._version = grad_output._version
         norm = use.rule.squared_norm if self.strategy == "ghost" else use.rule.tile_squared_norm
         self._squared = norm(use, grad_output)
+        if self._squared is None:
+            self._formed = use.rule.per_example_gradient(use, grad_output)
+            self._squared = squared_rows(self._formed)
+        else:
+            self._kept = use, grad_output
 
     @property
     def keeps_inputs(self) -> bool:
-        """Until it is told to forget."""
+        """Until it is told to forget, or if the gradients were formed."""
         return self._kept is not None
+
+    @property
+    def needs_pass(self) -> bool:
+        """Whether the sum takes another backward pass (for two passes)."""
+        return self._formed is None
 
     def forget(self) -> None:
         """Drop the tensors, keep the norm (for two passes)."""
@@ -135,7 +146,7 @@ class NotFormed:
     def formed(self) -> Tensor | None:
         """Formed now, for the rare examples that need it."""
         if self._kept is None:
-            return None
+            return self._formed
         use, grad_output = self._kept
         check_gradient(grad_output, self._version)
         gradients: Tensor = use.rule.per_example_gradient(use, grad_output)
@@ -143,7 +154,9 @@ class NotFormed:
 
     def add_weighted_sum(self, weights: Tensor, into: Tensor) -> None:
         """One weighted product over all rows."""
-        if self._kept is not None:
+        if self._formed is not None:
+            add_weighted(self._formed, weights, into)
+        elif self._kept is not None:
             use, grad_output = self._kept
             use.call.check_unchanged()
             check_gradient(grad_output, self._version)
@@ -174,11 +187,12 @@ class Crossed:
         received = self._received()
         if not received:
             return None
+        squared: Tensor | None
         if len(received) == 1:
             use, grad_output = received[0]
-            alone: Tensor = use.rule.squared_norm(use, grad_output)
-            return alone
-        squared = crossed_norm([use.rule.row_factors(use, g) for use, g in received])
+            squared = use.rule.squared_norm(use, grad_output)
+        else:
+            squared = crossed_norm([use.rule.row_factors(use, g) for use, g in received])
         if squared is not None:
             return squared
         self._formed = self.formed()

@@ -177,7 +177,8 @@ def _adding(
 
     def sink(call: int, gradient: Tensor) -> None:
         for use in uses.get(call, []):
-            if use.axis is not None and isinstance(gradients.collectors.get(use.name), NotFormed):
+            collector = gradients.collectors.get(use.name)
+            if use.axis is not None and isinstance(collector, NotFormed) and collector.needs_pass:
                 use.rule.add_weighted_sum(use, gradient, weights, sums[use.name])
         if call in uses and not any(gradients.keeps_inputs(use) for use in uses[call]):
             recording.tape.calls[call].conceal()

@@ -155,19 +155,20 @@ class Contraction(Rule):
             return outer_gradient(right, left, out.view(len(x), left.shape[-1], right.shape[-1])).view(out.shape)
         return _in_order(outer_gradient(right, left), form, (use.batch,)).reshape(use.batch, *use.parameter.shape)
 
-    def _norm(self, use: ParamUse, grad_output: Tensor, ghost: bool) -> Tensor:
+    def _norm(self, use: ParamUse, grad_output: Tensor, ghost: bool) -> Tensor | None:
         form = self._form(use)
         if form is None:
             return super().squared_norm(use, grad_output)
         x, g = (t.flatten(0, 1) for t in self._pair(use, grad_output, form))
         norm = outer_ghost_norm if ghost or x.shape[1] == 1 else outer_tile_norm
-        return norm(x, g).view(use.batch, -1).sum(1)
+        squared = norm(x, g)
+        return None if squared is None else squared.view(use.batch, -1).sum(1)
 
-    def squared_norm(self, use: ParamUse, grad_output: Tensor) -> Tensor:
+    def squared_norm(self, use: ParamUse, grad_output: Tensor) -> Tensor | None:
         """Ghost norm, head by head."""
         return self._norm(use, grad_output, ghost=True)
 
-    def tile_squared_norm(self, use: ParamUse, grad_output: Tensor) -> Tensor:
+    def tile_squared_norm(self, use: ParamUse, grad_output: Tensor) -> Tensor | None:
         """Norm in tiles of free features."""
         return self._norm(use, grad_output, ghost=False)
 

@@ -21,7 +21,7 @@ from dither.capture.uses import ParamUse
 from dither.errors import ExampleAxisError
 from dither.rules.affine import ChannelBias
 from dither.rules.linear import outer_ghost_norm, outer_gradient, outer_tile_norm
-from dither.rules.rule import Cost, Rule, register_rule, squared_rows
+from dither.rules.rule import Cost, Rule, cancels, register_rule, squared_rows
 
 _LITTLE_WORK = 1e5
 """Floating-point operations of one example's gradient below which a call for each example costs more."""
@@ -140,23 +140,26 @@ class ConvWeight(Rule):
         )
         return gradients[1]
 
-    def _norm(self, use: ParamUse, grad_output: Tensor, ghost: bool) -> Tensor:
+    def _norm(self, use: ParamUse, grad_output: Tensor, ghost: bool) -> Tensor | None:
         norm = outer_ghost_norm if ghost else outer_tile_norm
-        return norm(*self._rows(use, grad_output)).view(use.batch, -1).sum(1)
+        squared = norm(*self._rows(use, grad_output))
+        return None if squared is None else squared.view(use.batch, -1).sum(1)
 
-    def squared_norm(self, use: ParamUse, grad_output: Tensor) -> Tensor:
+    def squared_norm(self, use: ParamUse, grad_output: Tensor) -> Tensor | None:
         """Ghost norm over patches."""
         return self._norm(use, grad_output, ghost=True)
 
-    def tile_squared_norm(self, use: ParamUse, grad_output: Tensor) -> Tensor:
+    def tile_squared_norm(self, use: ParamUse, grad_output: Tensor) -> Tensor | None:
         """Norm in tiles of output channels, or of one example at a time; on a GPU without writing patches."""
         squares = self._in_kernel(use, grad_output) if kernels.serve(grad_output) else None
-        if squares is not None:
-            return squares
-        maps = self._maps_by_example(use, grad_output)
-        if maps is None:
-            return self._norm(use, grad_output, ghost=False)
-        return torch.cat([squared_rows(self._weight_gradient(use, *both).unsqueeze(0)) for both in maps])
+        if squares is None:
+            maps = self._maps_by_example(use, grad_output)
+            if maps is None:
+                return self._norm(use, grad_output, ghost=False)
+            squares = torch.cat([squared_rows(self._weight_gradient(use, *both).unsqueeze(0)) for both in maps])
+        # Every entry of a map is in as many patches as there are taps, at most.
+        x, g = (squared_rows(use.examples.split(t)).double() for t in self._unpadded(use, grad_output))
+        return None if cancels(squares, x * g * use.parameter.shape[2:].numel(), grad_output.dtype) else squares
 
     def _in_kernel(self, use: ParamUse, grad_output: Tensor) -> Tensor | None:
         wide, narrow = self._unpadded(use, grad_output)

@@ -18,7 +18,7 @@ from dither.capture.examples import ExampleAxis
 from dither.capture.uses import ParamUse
 from dither.errors import ExampleAxisError, UnsupportedOpError
 from dither.rules.crossing import RowFactors
-from dither.rules.rule import Cost, Rule, register_rule, squared_rows
+from dither.rules.rule import Cost, Rule, cancels, register_rule, squared_rows
 
 
 @dataclass(frozen=True)
@@ -61,17 +61,19 @@ class Lookup(Rule):
         table.index_add_(0, found.ids + found.owners * found.vocabulary, found.rows)
         return table.view(use.batch, *use.parameter.shape)
 
-    def squared_norm(self, use: ParamUse, grad_output: Tensor) -> Tensor:
+    def squared_norm(self, use: ParamUse, grad_output: Tensor) -> Tensor | None:
         """Add rows of equal ids within an example, then square."""
         found = self.scattered(use, grad_output)
         rows = found.rows.to(torch.promote_types(found.rows.dtype, torch.float32))
         owners = found.owners
-        if len(owners) > use.batch or bool((torch.bincount(owners, minlength=use.batch) > 1).any()):
+        several = len(owners) > use.batch or bool((torch.bincount(owners, minlength=use.batch) > 1).any())
+        terms = _by_owner(rows, owners, use.batch) if several else None
+        if several:
             unique, place = torch.unique(found.ids + owners * found.vocabulary, return_inverse=True)
             rows = rows.new_zeros(unique.numel(), rows.shape[1]).index_add_(0, place, rows)
             owners = torch.div(unique, found.vocabulary, rounding_mode="floor")
-        squares = squared_rows(rows)
-        return squares.new_zeros(use.batch).index_add_(0, owners, squares)
+        squared = _by_owner(rows, owners, use.batch)
+        return None if terms is not None and cancels(squared, terms, found.rows.dtype) else squared
 
     def add_weighted_sum(self, use: ParamUse, grad_output: Tensor, weights: Tensor, into: Tensor) -> None:
         """One scatter-add of weighted rows."""
@@ -88,6 +90,12 @@ class Lookup(Rule):
         held = float(use.batch * use.parameter.numel() * use.parameter.element_size())
         entries = float(use.call.output_shape.numel())
         return Cost(held, entries, held, entries, 2.0 * entries * use.parameter.element_size())
+
+
+def _by_owner(rows: Tensor, owners: Tensor, batch: int) -> Tensor:
+    """Sum of the squared norms of each example's rows, (B,)."""
+    squares = squared_rows(rows)
+    return squares.new_zeros(batch).index_add_(0, owners, squares)
 
 
 class EmbeddingWeight(Lookup):

@@ -17,7 +17,7 @@ import dither.kernels as kernels
 from dither.capture.examples import ExampleAxis
 from dither.capture.uses import ParamUse
 from dither.rules.crossing import RowFactors
-from dither.rules.rule import Cost, Rule, squared_rows
+from dither.rules.rule import Cost, Rule, cancels, squared_rows
 
 _GRAM_ELEMENTS = 1 << 24
 """Largest Gram matrix block kept at once, in elements."""
@@ -43,8 +43,15 @@ def outer_gradient(x_BTd: Tensor, g_BTp: Tensor, out: Tensor | None = None) -> T
     return torch.bmm(g_BTp.mT, x_BTd, out=out)
 
 
-def outer_tile_norm(x_BTd: Tensor, g_BTp: Tensor) -> Tensor:
-    """Squared norm of each g^T x in tiles of output features: (B,), in float32 or wider; no cancellation."""
+def outer_tile_norm(x_BTd: Tensor, g_BTp: Tensor) -> Tensor | None:
+    """Squared norm of each g^T x in tiles of output features: (B,), in float32 or wider.
+
+    None where rows cancel.
+    """
+    return _unless_cancelled(_tile_norm(x_BTd, g_BTp), x_BTd, g_BTp)
+
+
+def _tile_norm(x_BTd: Tensor, g_BTp: Tensor) -> Tensor:
     if kernels.serve(x_BTd, g_BTp):
         return kernels.tile_norm(x_BTd, g_BTp)
     x_BTd, g_BTp = _at_least_float32(x_BTd, g_BTp)
@@ -56,27 +63,31 @@ def outer_tile_norm(x_BTd: Tensor, g_BTp: Tensor) -> Tensor:
     return total
 
 
-def _norms(rows: Tensor) -> Tensor:
-    """Norm of each example's entries, (B,), in float64."""
+def _unless_cancelled(squared: Tensor, x_BTd: Tensor, g_BTp: Tensor) -> Tensor | None:
+    terms = _row_norms(x_BTd).mul_(_row_norms(g_BTp)).square_().sum(1)
+    return None if cancels(squared, terms, g_BTp.dtype) else squared
+
+
+def _row_norms(rows: Tensor) -> Tensor:
+    """Norm of each row, (B, T), in float64."""
     wide = torch.complex128 if rows.is_complex() else torch.float64
-    norms: Tensor = torch.linalg.vector_norm(rows.flatten(1), dim=1, dtype=wide)
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=-1, dtype=wide)
     return norms
 
 
-def outer_ghost_norm(x_BTd: Tensor, g_BTp: Tensor) -> Tensor:
+def outer_ghost_norm(x_BTd: Tensor, g_BTp: Tensor) -> Tensor | None:
     """Squared norm of each g^T x without forming it: (B,), in float32 or wider.
 
     The sum of Gram products can cancel. Where the result is small against the terms' own size, rounding would show,
-    and the norm is taken from tiles instead.
+    and the norm is taken from tiles instead; None where the rows themselves cancel.
     """
-    x_BTd, g_BTp = _at_least_float32(x_BTd, g_BTp)
     rows = x_BTd.shape[1]
-    if rows == 0:
-        return outer_tile_norm(x_BTd, g_BTp)
     if rows == 1:  # norms, then squares: a tiny factor times a huge one must not vanish
-        return (_norms(x_BTd) * _norms(g_BTp)).square()
-    if x_BTd.is_complex():
+        return (_row_norms(x_BTd) * _row_norms(g_BTp)).square().squeeze(1)
+    if rows == 0 or x_BTd.is_complex():
         return outer_tile_norm(x_BTd, g_BTp)
+    given = x_BTd, g_BTp
+    x_BTd, g_BTp = _at_least_float32(x_BTd, g_BTp)
     step = _gram_rows(x_BTd.shape[0], rows)
     total: Tensor | float = 0.0
     terms: Tensor | float = 0.0
@@ -92,9 +103,9 @@ def outer_ghost_norm(x_BTd: Tensor, g_BTp: Tensor) -> Tensor:
             total, terms = total + 2.0 * left.sum((1, 2)), terms + squared_rows(left)
     assert isinstance(total, Tensor) and isinstance(terms, Tensor)
     if total.dtype == torch.float32 and bool((vanishing := total < _VANISHING).any()) and bool(g_BTp[vanishing].any()):
-        return outer_tile_norm(x_BTd.double(), g_BTp.double())
+        return _unless_cancelled(_tile_norm(x_BTd.double(), g_BTp.double()), *given)
     if bool((total < 0.05 * terms.sqrt()).any()):
-        return outer_tile_norm(x_BTd, g_BTp)
+        return outer_tile_norm(*given)
     return total
 
 
@@ -126,11 +137,11 @@ class LinearWeight(Rule):
         x, g = self._rows(use, grad_output)
         return outer_gradient(x, g, out if out is not None and out.dtype == x.dtype else None)
 
-    def squared_norm(self, use: ParamUse, grad_output: Tensor) -> Tensor:
+    def squared_norm(self, use: ParamUse, grad_output: Tensor) -> Tensor | None:
         """Ghost norm."""
         return outer_ghost_norm(*self._rows(use, grad_output))
 
-    def tile_squared_norm(self, use: ParamUse, grad_output: Tensor) -> Tensor:
+    def tile_squared_norm(self, use: ParamUse, grad_output: Tensor) -> Tensor | None:
         """Norm in tiles; of one row, the product of the two norms."""
         x, g = self._rows(use, grad_output)
         return outer_ghost_norm(x, g) if x.shape[1] == 1 else outer_tile_norm(x, g)

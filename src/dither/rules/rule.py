@@ -58,11 +58,11 @@ class Rule:
         """Each example's gradient, shape (B, *parameter.shape); written into `out` where given and possible."""
         raise NotImplementedError
 
-    def squared_norm(self, use: ParamUse, grad_output: Tensor) -> Tensor:
-        """Each example's squared gradient norm, shape (B,)."""
+    def squared_norm(self, use: ParamUse, grad_output: Tensor) -> Tensor | None:
+        """Each example's squared gradient norm, shape (B,); None where its terms cancel, see `cancels`."""
         return squared_rows(self.per_example_gradient(use, grad_output))
 
-    def tile_squared_norm(self, use: ParamUse, grad_output: Tensor) -> Tensor:
+    def tile_squared_norm(self, use: ParamUse, grad_output: Tensor) -> Tensor | None:
         """The same in tiles of the parameter, so that little memory is needed."""
         return self.squared_norm(use, grad_output)
 
@@ -107,6 +107,21 @@ def squared_rows(gradients: Tensor) -> Tensor:
         return _norms(flat, wide).square()
     squares = _norms(flat[:, :whole].unflatten(1, (-1, _CHUNK)), wide).square().sum(1, dtype=torch.float64)
     return squares.add_(_norms(flat[:, whole:], wide).square()).to(wide)
+
+
+def cancels(squared: Tensor, terms: Tensor, dtype: torch.dtype) -> bool:
+    """Whether an example's gradient is so small against its terms that a norm and a sum would not round alike.
+
+    Then what is clipped by that norm could exceed the bound by more than rounding: the gradients are to be formed, so
+    that norm and sum are taken of the same numbers.
+
+    Args:
+        squared: squared norms of the gradients, (B,).
+        terms: sums of the squared norms of the terms that each gradient is a sum of, or more, (B,).
+        dtype: in which the terms are added.
+    """
+    smallest = min((2**13 * torch.finfo(dtype).eps) ** 2, 0.01)
+    return bool((squared < smallest * terms).any())
 
 
 def _norms(rows: Tensor, dtype: torch.dtype) -> Tensor:
