@@ -5,10 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.utils.data import TensorDataset, default_collate
 
+import dither
 from dither.errors import BatchSizeError, ConfigurationError, EmptyDatasetError
-from dither.sampling import MicrobatchSize, PoissonSampler, check_dataset, load_batch
+from dither.microbatches import MicrobatchSize
+from dither.sampling import PoissonSampler, check_dataset, load_batch
 
 CPU = torch.device("cpu")
 
@@ -72,8 +75,8 @@ def test_seeded_batches_repeat_by_step_and_unseeded_never():
 
 def test_auto_grows_only_while_memory_allows(monkeypatch):
     state = {"used": 0.0}
-    monkeypatch.setattr("dither.sampling._memory", lambda device: (0.0, 1000.0))
-    monkeypatch.setattr("dither.sampling._peak", lambda device: state["used"])
+    monkeypatch.setattr("dither.microbatches._memory", lambda device: (0.0, 1000.0))
+    monkeypatch.setattr("dither.microbatches._peak", lambda device: state["used"])
     size = MicrobatchSize("auto", CPU)
     for part in size.split(np.arange(500)):
         state["used"] = 20.0 * len(part)
@@ -84,6 +87,23 @@ def test_auto_grows_only_while_memory_allows(monkeypatch):
     list(roomy.split(np.arange(500)))
     assert roomy.current == 64
     assert MicrobatchSize("auto", CPU, seeded=True).current == 32
+
+
+def test_auto_goes_back_where_held_gradients_no_longer_fit_the_budget():
+    layer, data = nn.Linear(64, 64, bias=False), TensorDataset(torch.randn(400, 128, 64))
+    training = dither.PrivateTraining(
+        layer,
+        torch.optim.SGD(layer.parameters(), lr=0.1),
+        data,
+        lambda model, batch: model(batch[0]).square().mean((1, 2)),
+        expected_batch_size=100,
+        steps=2,
+        noise_multiplier=1.0,
+        memory_budget=4.0 * 64 * 64 * 6,
+    )
+    for _ in training:
+        pass
+    assert training.microbatches.current == 4  # of 8, per-example gradients would take more than six of them
 
 
 def test_a_tensor_dataset_is_collated_as_torch_does():

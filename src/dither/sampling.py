@@ -1,9 +1,8 @@
-"""Sampling: Poisson batches, and the micro-batches that a logical batch is computed in."""
+"""Sampling: Poisson batches, and the examples at their indices."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,12 +13,6 @@ from dither.errors import BatchSizeError, ConfigurationError, EmptyDatasetError
 from dither.noise import _BATCH, check_seed, sequence
 
 CollateFunction = Callable[[list[Any]], Any]
-
-_FIRST = 4  # examples in the first micro-batch of "auto"
-_LARGEST = {"cuda": 256}  # on other devices 64: beyond it a CPU's cache loses more than the GEMMs win
-_SEEDED = 32  # "auto" under a seed, where splitting by measured memory would change the rounding
-_REFUSALS = 3
-_SHARE = 0.5  # of the free memory that a micro-batch may take
 
 
 class PoissonSampler:
@@ -67,57 +60,6 @@ class PoissonSampler:
         return np.flatnonzero(generator.random(self.dataset_size) < self.sample_rate).astype(np.int64)
 
 
-class MicrobatchSize:
-    """How many examples to compute at once: performance only, the mechanism does not know it.
-
-    A number is kept. "auto" starts at 4 examples and doubles while the memory that the last micro-batch added to the
-    process's peak, taken twice, fits in half of what is free; at most 256 on CUDA, 64 elsewhere. It stops growing at
-    the third micro-batch for which this does not hold. Nothing is computed only to measure it; while it grows, the
-    system's record of the peak (VmHWM on Linux, torch's on CUDA) is reset. Under a seed "auto" is 32, so that a
-    resumed run rounds alike.
-
-    Args:
-        size: a number of examples, or "auto".
-        device: where the model is.
-        seeded: whether the run has a seed.
-
-    Raises:
-        ConfigurationError: size is neither "auto" nor an integer of at least 1.
-    """
-
-    def __init__(self, size: int | str, device: torch.device, *, seeded: bool = False) -> None:
-        valid = size == "auto" or (isinstance(size, int) and not isinstance(size, bool) and size >= 1)
-        if not valid:
-            raise ConfigurationError(
-                f"microbatch_size must be 'auto' or an integer of at least 1; it is {size!r}.", fix="use 'auto'"
-            )
-        self._device = device
-        self._growing = size == "auto" and not seeded
-        self._refusals = 0
-        self._largest = _LARGEST.get(device.type, 64)
-        self.current = size if isinstance(size, int) else (_SEEDED if seeded else _FIRST)
-
-    def split(self, indices: Sequence[int] | np.ndarray[Any, Any]) -> Iterator[np.ndarray[Any, Any]]:
-        """Cut a logical batch into micro-batches; the size may grow between them."""
-        rest = np.asarray(indices)
-        while len(rest):
-            size = self.current
-            before = _memory(self._device) if self._growing and len(rest) >= size else None
-            yield rest[:size]
-            rest = rest[size:]
-            if before is not None:
-                self._grow(before)
-
-    def _grow(self, before: tuple[float, float]) -> None:
-        used, free = before
-        peak = _peak(self._device)
-        if 2.0 * max(peak - used, 0.0) <= _SHARE * free:
-            self.current = min(2 * self.current, self._largest)
-        else:
-            self._refusals += 1  # the first micro-batches also pay for buffers that stay
-        self._growing = self.current < self._largest and self._refusals < _REFUSALS
-
-
 def check_dataset(dataset: Any) -> int:
     """The number of examples of a dataset that can be indexed.
 
@@ -152,40 +94,3 @@ def load_batch(dataset: Any, indices: np.ndarray[Any, Any], collate_fn: CollateF
     else:
         examples = [dataset[index] for index in indices.tolist()]
     return (default_collate if collate_fn is None else collate_fn)(examples)
-
-
-def _memory(device: torch.device) -> tuple[float, float]:
-    """Bytes in use by this process and bytes free."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return float(torch.cuda.memory_allocated(device)), float(torch.cuda.mem_get_info(device)[0] + reserved)
-    try:
-        with open("/proc/self/clear_refs", "w") as control:
-            control.write("5")  # proc(5): resets VmHWM
-    except OSError:  # then the peak is the process's whole life's, which errs towards small micro-batches
-        pass
-    return _status("/proc/self/status", "VmRSS:"), _status("/proc/meminfo", "MemAvailable:") or _sysconf_free()
-
-
-def _peak(device: torch.device) -> float:
-    """Most bytes this process has used at once; since `_memory` where that can be reset."""
-    if device.type == "cuda":
-        return float(torch.cuda.max_memory_allocated(device))
-    return _status("/proc/self/status", "VmHWM:")
-
-
-def _status(path: str, field: str) -> float:
-    """A field in kilobytes of a /proc file, in bytes; zero where there is none."""
-    try:
-        with open(path) as lines:
-            return next((1024.0 * float(line.split()[1]) for line in lines if line.startswith(field)), 0.0)
-    except OSError:
-        return 0.0
-
-
-def _sysconf_free() -> float:
-    try:
-        return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    except (ValueError, OSError, AttributeError):
-        return 0.0

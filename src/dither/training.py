@@ -25,9 +25,10 @@ from dither.clipping.machine import builtin_rates
 from dither.clipping.plan import check_strategy
 from dither.clipping.verify import RandomState, verify
 from dither.errors import CaptureError, ConfigurationError, LedgerError, LossShapeError
+from dither.microbatches import MicrobatchSize
 from dither.noise import GaussianNoise, check_seed, torch_seed
 from dither.parameters import trained_parameters
-from dither.sampling import CollateFunction, MicrobatchSize, PoissonSampler, check_dataset, load_batch
+from dither.sampling import CollateFunction, PoissonSampler, check_dataset, load_batch
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
 _DEFAULT_EPSILON = 8.0
@@ -101,7 +102,7 @@ class PrivateTraining:
         collate_fn: list of examples to batch; torch's default_collate if None.
         seed: makes batches, noise and torch's randomness a function of (seed, step): for tests; not private.
         strategy: "auto", "hold", "ghost", "tile" or "two_pass"; performance only.
-        memory_budget: bytes for held per-example gradients; performance only.
+        memory_budget: bytes for held per-example gradients; performance only. An "auto" microbatch_size keeps to it.
         rows_per_example: as `clipped_sum`.
         ema_decay: keeps an exponential moving average of the parameters, with decay min(ema_decay, (1+t)/(10+t)).
         scheduler: a learning-rate scheduler, stepped once per step.
@@ -261,6 +262,7 @@ class PrivateTraining:
                 into=self._sums,
                 **self._engine,
             )
+            self.microbatches.planned(sum(use.seconds for use in result.plan.uses))
             if result.losses.shape[0] != len(chosen):
                 raise LossShapeError(
                     f"loss_fn returned {result.losses.shape[0]} losses for {len(chosen)} examples: clipping would "

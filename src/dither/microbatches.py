@@ -1,0 +1,113 @@
+"""How many examples of a logical batch are computed at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+import torch
+
+from dither.clipping.machine import free_memory
+from dither.errors import ConfigurationError
+
+_FIRST = 4  # examples in the first micro-batch of "auto"
+_LARGEST = {"cuda": 256}  # on other devices 64: beyond it a CPU's cache loses more than the GEMMs win
+_SEEDED = 32  # "auto" under a seed, where splitting by measured memory would change the rounding
+_REFUSALS = 3
+_SHARE = 0.5  # of the free memory that a micro-batch may take
+_DEARER = 1.02  # by how much an example's predicted time may rise with the size: less is a rounding of the prediction
+
+
+class MicrobatchSize:
+    """How many examples to compute at once: performance only, the mechanism does not know it.
+
+    A number is kept. "auto" starts at 4 examples and doubles while the memory that the last micro-batch added to the
+    process's peak, taken twice, fits in half of what is free; at most 256 on CUDA, 64 elsewhere. It stops growing at
+    the third micro-batch for which this does not hold. Where the plan predicts more time for an example than at half
+    the size, because what no longer fits the memory budget is computed twice, it goes back to that half. Nothing is
+    computed only to measure it; while it grows, the system's record of the peak (VmHWM on Linux, torch's on CUDA) is
+    reset. Under a seed "auto" is 32, so that a resumed run rounds alike.
+
+    Args:
+        size: a number of examples, or "auto".
+        device: where the model is.
+        seeded: whether the run has a seed.
+
+    Raises:
+        ConfigurationError: size is neither "auto" nor an integer of at least 1.
+    """
+
+    def __init__(self, size: int | str, device: torch.device, *, seeded: bool = False) -> None:
+        valid = size == "auto" or (isinstance(size, int) and not isinstance(size, bool) and size >= 1)
+        if not valid:
+            raise ConfigurationError(
+                f"microbatch_size must be 'auto' or an integer of at least 1; it is {size!r}.", fix="use 'auto'"
+            )
+        self._device = device
+        self._growing = size == "auto" and not seeded
+        self._refusals = 0
+        self._cheapest = float("inf")
+        self._cost: float | None = None
+        self._largest = _LARGEST.get(device.type, 64)
+        self.current = size if isinstance(size, int) else (_SEEDED if seeded else _FIRST)
+
+    def split(self, indices: Sequence[int] | np.ndarray[Any, Any]) -> Iterator[np.ndarray[Any, Any]]:
+        """Cut a logical batch into micro-batches; the size may grow between them."""
+        rest = np.asarray(indices)
+        while len(rest):
+            size = self.current
+            before = _memory(self._device) if self._growing and len(rest) >= size else None
+            yield rest[:size]
+            rest = rest[size:]
+            if before is not None:
+                self._grow(before)
+
+    def planned(self, seconds: float) -> None:
+        """Take note of the time that the plan predicts for the micro-batch that `split` gave last.
+
+        Args:
+            seconds: of norms and sums; zero where nothing was predicted.
+        """
+        self._cost = seconds / self.current
+
+    def _grow(self, before: tuple[float, float]) -> None:
+        if self._cost is not None:
+            if self._cost > _DEARER * self._cheapest:
+                self.current, self._growing = self.current // 2, False
+                return
+            self._cheapest, self._cost = self._cost, None
+        used, free = before
+        peak = _peak(self._device)
+        if 2.0 * max(peak - used, 0.0) <= _SHARE * free:
+            self.current = min(2 * self.current, self._largest)
+        else:
+            self._refusals += 1  # the first micro-batches also pay for buffers that stay
+        self._growing = self.current < self._largest and self._refusals < _REFUSALS
+
+
+def _memory(device: torch.device) -> tuple[float, float]:
+    """Bytes in use by this process and bytes free."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        allocated = torch.cuda.memory_allocated(device)
+        reserved = torch.cuda.memory_reserved(device) - allocated
+        return float(allocated), free_memory(device) + float(reserved)
+    with suppress(OSError), open("/proc/self/clear_refs", "w") as control:
+        control.write("5")  # proc(5): resets VmHWM; else the peak is the whole life's, which errs towards small sizes
+    return _status("VmRSS:"), free_memory(device)
+
+
+def _peak(device: torch.device) -> float:
+    """Most bytes this process has used at once; since `_memory` where that can be reset."""
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device))
+    return _status("VmHWM:")
+
+
+def _status(field: str) -> float:
+    """A field in kilobytes of this process's status, in bytes; zero where there is none."""
+    with suppress(OSError), open("/proc/self/status") as lines:
+        return next((1024.0 * float(line.split()[1]) for line in lines if line.startswith(field)), 0.0)
+    return 0.0
