@@ -130,12 +130,13 @@ def peak(workload: Workload, name: str) -> Cell:
         _try(cell, chosen.step)
         if cell.error is not None:
             break
-        taken = (high_water() - before) / 2**20
+        highest = high_water()
+        taken = (highest - before) / 2**20
         if number == 1:
             cell.first_peak_mib = taken
-        cell.peak_mib = taken
+        cell.peak_mib, cell.process_mib = taken, highest / 2**20
     if cell.error is not None:
-        cell.peak_mib = cell.first_peak_mib = None
+        cell.peak_mib = cell.first_peak_mib = cell.process_mib = None
     return cell
 
 

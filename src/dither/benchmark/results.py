@@ -41,6 +41,7 @@ class Cell:
         distance: of its clipped sum from dither's, relative, noise off; None for the plain step.
         peak_mib: peak memory of a later step, above what was resident before there were gradients.
         first_peak_mib: the same of the first step.
+        process_mib: peak memory of the whole process in that later step, with code, model and data.
     """
 
     error: str | None = None
@@ -49,6 +50,7 @@ class Cell:
     distance: float | None = None
     peak_mib: float | None = None
     first_peak_mib: float | None = None
+    process_mib: float | None = None
 
 
 @dataclass
@@ -94,6 +96,13 @@ class Row:
         if cell is None or plain is None or cell.peak_mib is None or not plain.peak_mib:
             return None
         return cell.peak_mib / plain.peak_mib
+
+    def process(self, name: str) -> float | None:
+        """Peak memory of the whole process over the plain step's."""
+        cell, plain = self.cells.get(name), self.baseline(name)
+        if cell is None or plain is None or cell.process_mib is None or not plain.process_mib:
+            return None
+        return cell.process_mib / plain.process_mib
 
 
 @dataclass

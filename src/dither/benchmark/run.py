@@ -7,7 +7,7 @@ import os
 import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -101,8 +101,8 @@ def _row(model: str, request: Request, say: Callable[[str], None]) -> Row:
             continue
         say(f"{model}: memory of {name}")
         found = worker.peak(name, sent)
-        cells[name].peak_mib, cells[name].first_peak_mib = found.peak_mib, found.first_peak_mib
-        cells[name].error = found.error
+        fields = ("error", "peak_mib", "first_peak_mib", "process_mib")
+        cells[name] = replace(cells[name], **{field: getattr(found, field) for field in fields})
     return Row(model, str(workload(model, request.smoke).sizes), cells)
 
 

@@ -26,6 +26,9 @@ _MEMORY = """\
 Peak of resident memory in the third step, here of two micro-batches, each contender in a process of its own, less what
 was resident when only code, model and data were there; over the plain step's."""
 
+_PROCESS = """\
+The same peaks with all that the process holds, libraries and model included: what a machine has to have."""
+
 _FIRST = """\
 The first step over a later plain step. dither proves its gradients in it; JAX compiles."""
 
@@ -104,6 +107,13 @@ def memory_table(rows: Sequence[Row]) -> str:
     return grid(rows, lambda row, name: _ratio(row.memory(name)))
 
 
+def process_table(rows: Sequence[Row]) -> str:
+    """Ratios of the whole process's peak memory; nothing if it was not measured."""
+    if not any(row.process(name) is not None for row in rows for name in row.cells):
+        return ""
+    return grid(rows, lambda row, name: _ratio(row.process(name)))
+
+
 def first_table(rows: Sequence[Row]) -> str:
     """Ratios of the first step."""
     return grid(rows, lambda row, name: _ratio(row.first(name)))
@@ -151,6 +161,7 @@ def sections(results: Results) -> list[tuple[str, str, str]]:
         ("Plain steps", "What the ratios below are of.", plain_table(rows)),
         ("Step time over the plain step", _PROTOCOL.format(**about["settings"]), time_table(rows)),
         ("Peak memory over the plain step", _MEMORY, memory_table(rows)),
+        ("Peak memory of the whole process over the plain step's", _PROCESS, process_table(rows)),
         ("First step", _FIRST, first_table(rows)),
     ]
     found = [part for part in parts if rows and part[2]]

@@ -13,7 +13,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +74,7 @@ def jax(python: str, request: dict[str, Any], memory: bool) -> tuple[dict[str, C
         for name in names if memory else ():
             small = {**request, "task": "peak", "contender": name, "microbatches": PEAK_MICROBATCHES}
             part = ask(small, command)["cells"][name]
-            cells[name].peak_mib, cells[name].first_peak_mib = part["peak_mib"], part["first_peak_mib"]
+            cells[name] = replace(cells[name], **part)
     except (WorkerError, OSError) as error:
         return {name: Cell(error=str(error)) for name in names}, {}
     return cells, found["versions"]
