@@ -15,11 +15,11 @@ from itertools import combinations_with_replacement
 import torch
 from torch import Tensor
 
-_GRAM_ELEMENTS = 1 << 24
-"""Largest block of products kept at once, in elements."""
+GRAM_ELEMENTS = 1 << 24
+"""Largest block of Gram matrices kept at once, in elements."""
 
-_VANISHING = 1e-30
-"""Squared norms below this may have lost products that float32 cannot hold."""
+VANISHING = 1e-30
+"""Squared norms below this may have lost products that float32 cannot hold: they are taken another way."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def crossed_norm(uses: Sequence[RowFactors]) -> Tensor | None:
     and norm and sum would not round alike.
     """
     total, terms = _totals(_joined(uses))
-    return None if bool(((total < 0.05 * terms) | (total < _VANISHING)).any()) else total
+    return None if bool(((total < 0.05 * terms) | (total < VANISHING)).any()) else total
 
 
 def _joined(uses: Sequence[RowFactors]) -> list[RowFactors]:
@@ -75,7 +75,7 @@ def _totals(lists: Sequence[RowFactors]) -> tuple[Tensor, Tensor]:
     total, squares = first.new_zeros(len(first)), first.new_zeros(len(first))
     for one, other in combinations_with_replacement(lists, 2):
         twice = 1.0 if one is other else 2.0
-        step = max(1, _GRAM_ELEMENTS // max(1, len(first) * other.right.shape[1]))
+        step = max(1, GRAM_ELEMENTS // max(1, len(first) * other.right.shape[1]))
         for start in range(0, one.right.shape[1], step):
             part = one.block(start, start + step)
             products = torch.bmm(part.right, other.right.mT.to(part.right.dtype))

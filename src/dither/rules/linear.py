@@ -16,14 +16,8 @@ from torch import Tensor
 import dither.kernels as kernels
 from dither.capture.examples import ExampleAxis
 from dither.capture.uses import ParamUse
-from dither.rules.crossing import RowFactors
+from dither.rules.crossing import GRAM_ELEMENTS, VANISHING, RowFactors
 from dither.rules.rule import Cost, Rule, cancels, squared_rows
-
-_GRAM_ELEMENTS = 1 << 24
-"""Largest Gram matrix block kept at once, in elements."""
-
-_VANISHING = 1e-30
-"""Squared norms below this are taken in float64: float32 cannot hold the products they are made of."""
 
 _TILE_ELEMENTS = 1 << 21
 """Largest tile of per-example gradients kept at once, in elements: of 2^18 to 2^23 near the fastest on four shapes."""
@@ -102,7 +96,7 @@ def outer_ghost_norm(x_BTd: Tensor, g_BTp: Tensor) -> Tensor | None:
             left = products[:, :, :start]
             total, terms = total + 2.0 * left.sum((1, 2)), terms + squared_rows(left)
     assert isinstance(total, Tensor) and isinstance(terms, Tensor)
-    if total.dtype == torch.float32 and bool((vanishing := total < _VANISHING).any()) and bool(g_BTp[vanishing].any()):
+    if total.dtype == torch.float32 and bool((vanishing := total < VANISHING).any()) and bool(g_BTp[vanishing].any()):
         return _unless_cancelled(_tile_norm(x_BTd.double(), g_BTp.double()), *given)
     if bool((total < 0.05 * terms.sqrt()).any()):
         return outer_tile_norm(*given)
@@ -112,7 +106,7 @@ def outer_ghost_norm(x_BTd: Tensor, g_BTp: Tensor) -> Tensor | None:
 def _gram_rows(batch: int, rows: int) -> int:
     """Rows of a block of Gram matrices: near the fastest of those measured, and bounded in memory."""
     fast = 8 * math.ceil(math.sqrt(rows) / 2)
-    return max(1, min(fast, _GRAM_ELEMENTS // max(1, batch * rows)))
+    return max(1, min(fast, GRAM_ELEMENTS // max(1, batch * rows)))
 
 
 class LinearWeight(Rule):
