@@ -8,7 +8,7 @@ import pytest
 
 import dither
 import dither.opacus
-from dither.cli import bench, budget, options, sample, verify
+from dither.cli import bench, budget, options, report, sample, verify
 from dither.cli.main import COMMANDS
 
 NAMES = {
@@ -55,6 +55,7 @@ OPTIONS = {
         config output resume seed save_every
         privacy.epsilon privacy.delta privacy.noise_multiplier privacy.max_grad_norm privacy.expected_batch_size
         privacy.steps privacy.clipping
+        telemetry.wandb telemetry.mlflow telemetry.project telemetry.non_private telemetry.samples
         performance.strategy performance.microbatch_size performance.memory_budget performance.threads
         recipe.model recipe.hidden_size recipe.depth recipe.num_heads recipe.patch_size recipe.multiplicity
         recipe.learning_rate recipe.lr_schedule recipe.ema_decay recipe.prediction recipe.weighting recipe.timesteps
@@ -68,6 +69,7 @@ OPTIONS = {
         "config dataset_size batch_size delta epsilon noise_multiplier steps json",
     ),
     "verify": (verify.verify_parser, "model config examples strategy dtype mode seed json"),
+    "report": (report.report_parser, "run output public"),
     "bench": (
         bench.bench_parser,
         """
@@ -118,7 +120,7 @@ def test_commands():
 @pytest.mark.parametrize("command", OPTIONS)
 def test_options(command):
     parser, expected = OPTIONS[command]
-    groups = {"help", "print_config", "privacy", "performance", "recipe"}
+    groups = {"help", "print_config", "privacy", "performance", "recipe", "telemetry"}
     assert {action.dest for action in parser()._actions} - groups == set(expected.split())
 
 

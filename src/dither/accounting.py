@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import Any
@@ -88,6 +88,24 @@ class Ledger:
         """
         _check_delta(delta)
         return _epsilon(self.events, delta, _FINE)
+
+    def deltas(self, epsilons: Sequence[float], delta: float) -> list[float]:
+        """Delta at each of several epsilons: upper bounds, which together trace the privacy profile.
+
+        Args:
+            epsilons: at least 0.
+            delta: where epsilon is of interest; sets the discretisation only.
+
+        Raises:
+            ConfigurationError: delta is not in (0, 1).
+        """
+        _check_delta(delta)
+        if not self._events:
+            return [0.0] * len(epsilons)
+        if _too_large(self.events, delta):
+            return [1.0] * len(epsilons)
+        accountant = _accountant(self.events, delta, _COARSE)
+        return [float(accountant.get_delta(epsilon)) for epsilon in epsilons]
 
     def to_json(self) -> str:
         """The ledger as JSON text; `from_json` gives an equal one."""
@@ -262,17 +280,26 @@ def _bisect(low: float, high: float, fits: Callable[[float], bool], tolerance: f
 @functools.lru_cache(maxsize=256)
 def _epsilon(events: tuple[Event, ...], delta: float, resolution: float) -> float:
     """Upper bound on epsilon of the composition; `resolution` sets the discretisation."""
+    if not events:
+        return 0.0
+    if _too_large(events, delta):
+        return _without_sampling(events, delta)
+    return float(_accountant(events, delta, resolution).get_epsilon(delta))
+
+
+def _too_large(events: tuple[Event, ...], delta: float) -> bool:
+    return min(_without_sampling(events, delta), _central_limit(events, delta)) > _MEANINGLESS
+
+
+def _accountant(events: tuple[Event, ...], delta: float, resolution: float) -> Any:
+    """Google's accountant, with the events composed."""
     from dp_accounting import dp_event
     from dp_accounting.pld import PLDAccountant
 
-    if not events:
-        return 0.0
-    if min(_without_sampling(events, delta), _central_limit(events, delta)) > _MEANINGLESS:
-        return _without_sampling(events, delta)
     accountant = PLDAccountant(value_discretization_interval=_interval(events, delta, resolution))
     for event in events:
         accountant.compose(_dp_event(dp_event, event), event.count)
-    return float(accountant.get_epsilon(delta))
+    return accountant
 
 
 def _dp_event(dp_event: Any, event: Event) -> Any:

@@ -41,8 +41,11 @@ def test_run_folder_is_complete(finished_run):
         "state",
         "tensorboard",
         "samples.png",
+        "samples",
         "certificate.json",
+        "report.html",
     }
+    assert {path.name for path in (finished_run / "samples").iterdir()} == {"step-00001.png", "step-00002.png"}
     with Image.open(finished_run / "samples.png") as grid:
         assert grid.format == "PNG"
         assert grid.width > 10 * 8
@@ -67,7 +70,8 @@ def test_certificate_states_what_the_accountant_says(finished_run):
 def test_log_marks_the_loss_as_not_private(finished_run):
     log = curves(finished_run)
     tags = set(log.Tags()["scalars"])
-    assert tags == {"privacy/epsilon", "not private/loss", "not private/clip fraction"}
+    not_private = {f"non-private/{name}" for name in ("loss", "clip-fraction", "dropped", "step-seconds")}
+    assert tags == {"privacy/epsilon"} | not_private
     epsilons = [event.value for event in log.Scalars("privacy/epsilon")]
     assert len(epsilons) == 3
     assert epsilons == sorted(epsilons)

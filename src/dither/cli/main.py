@@ -15,6 +15,7 @@ COMMANDS = {
     "sample": "draw images of a class from a trained run",
     "budget": "epsilon from noise, noise from epsilon, steps from both",
     "verify": "is every example's gradient exact and its own, for this model and batch?",
+    "report": "a run on one HTML page: claim, ledger, curves, samples, warnings",
     "bench": "what privacy costs in time and memory, beside plain training and other libraries",
 }
 """By name, one line of help; the command lives in `dither.cli.<name>`, imported only when it is asked for."""
@@ -38,7 +39,7 @@ Start here:
 
 def usage() -> str:
     """The text of `dither --help`."""
-    return USAGE.format(commands="\n".join(f"  {name:8} {line}" for name, line in COMMANDS.items()))
+    return USAGE.format(commands="\n".join(f"  {name:11} {line}" for name, line in COMMANDS.items()))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -13,6 +13,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser
 
 from dither.cli.parsing import Formatter
 from dither.diffusion.recipe import Recipe
+from dither.telemetry.writers import Telemetry
 
 EXAMPLES = """
 examples:
@@ -85,6 +86,7 @@ class Options:
     privacy: Privacy
     performance: Performance
     recipe: Recipe
+    telemetry: Telemetry
     output: Path | None
     resume: Path | None
     seed: int | None
@@ -118,6 +120,7 @@ def train_parser() -> ArgumentParser:
     parser.add_argument("--save_every", type=float, default=30.0, help="seconds between saves of the resumable state")
     parser.add_class_arguments(Privacy, "privacy")
     parser.add_class_arguments(Performance, "performance")
+    parser.add_class_arguments(Telemetry, "telemetry")
     # What the ledger knows is a privacy option, and has one place.
     parser.add_class_arguments(Recipe, "recipe", skip={"steps", "expected_batch_size", "max_grad_norm"})
     return parser

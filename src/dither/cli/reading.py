@@ -16,7 +16,7 @@ from dither.diffusion.recipe import Recipe
 from dither.diffusion.sampling import SAMPLERS
 from dither.errors import ConfigurationError, DitherError, RunFolderError
 
-RESUMABLE = ("resume", "save_every", "performance.")
+RESUMABLE = ("resume", "save_every", "performance.", "telemetry.")
 """What may be given together with --resume: nothing that the ledger knows."""
 
 
@@ -57,7 +57,7 @@ def _resumed_options(parser: ArgumentParser, words: Sequence[str], given: Namesp
     if refused:
         raise ConfigurationError(
             f"--{refused[0]} cannot change when a run is resumed",
-            fix="leave it out; only --performance.* and --save_every may differ",
+            fix="leave it out; only --performance.*, --telemetry.* and --save_every may differ",
         )
     folder = RunFolder.open(given.resume)
     return _options(parser, _parse_run_config(parser, folder.config, words), given)
@@ -90,12 +90,15 @@ def _options(parser: ArgumentParser, parsed: Namespace, given: Namespace) -> Opt
         max_grad_norm=privacy.max_grad_norm,
     )
     _check(recipe, made.performance, made.save_every)
+    if made.telemetry.samples < 0:
+        raise ConfigurationError(f"--telemetry.samples {made.telemetry.samples} is below 0", fix="0 draws none")
     kept = parsed.clone()
     kept.output = kept.resume = None
     return Options(
         privacy=privacy,
         performance=made.performance,
         recipe=recipe,
+        telemetry=made.telemetry,
         output=made.output,
         resume=made.resume,
         seed=made.seed,

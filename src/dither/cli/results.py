@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dither.cli.run_folder import RunFolder
+from dither.cli.run_folder import Images, RunFolder
 from dither.errors import RunFolderError
 
 if TYPE_CHECKING:
@@ -27,8 +28,31 @@ def write_results(folder: RunFolder, model: nn.Module, training: PrivateTraining
     folder.save_certificate(certificate)
 
 
-def write_samples(folder: RunFolder, model: nn.Module, recipe: Recipe, ema: Mapping[str, Tensor] | None) -> None:
-    """Draw ten images of each class with the EMA weights and write the labelled grid."""
+def grid_steps(steps: int, count: int) -> tuple[int, ...]:
+    """The steps after which a grid is drawn: `count`, evenly spaced, before the last; public as the steps are."""
+    return tuple(sorted({steps * (i + 1) // (count + 1) for i in range(count)} - {0, steps}))
+
+
+def write_samples(
+    file: Path,
+    images: Images,
+    model: nn.Module,
+    recipe: Recipe,
+    ema: Mapping[str, Tensor] | None,
+    per_class: int = SAMPLES_PER_ROW,
+    seed: int | None = None,
+) -> None:
+    """Draw images of each class with the EMA weights and write the labelled grid; the model keeps its own weights.
+
+    Args:
+        file: the PNG.
+        images: what the model draws.
+        model: of the recipe.
+        recipe: says how to sample.
+        ema: by name, the averaged parameters.
+        per_class: images of each class.
+        seed: of the sampler's noise, which protects nothing: the same start for grids that are to be compared.
+    """
     import torch
 
     from dither.diffusion.grid import save_grid
@@ -36,18 +60,22 @@ def write_samples(folder: RunFolder, model: nn.Module, recipe: Recipe, ema: Mapp
     from dither.diffusion.sampling import sample
 
     raw = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-    load(model, {**raw, **(ema or {})})
-    labels = torch.arange(min(SAMPLE_ROWS, folder.images.num_classes)).repeat_interleave(SAMPLES_PER_ROW)
-    images = sample(
-        model,
-        labels,
-        process=build_process(recipe),
-        sampler=recipe.sampler,
-        steps=recipe.sampler_steps,
-        guidance=recipe.guidance,
-    )
-    save_grid(images, labels, folder.samples)
-    load(model, raw)
+    labels = torch.arange(min(SAMPLE_ROWS, images.num_classes)).repeat_interleave(per_class)
+    try:
+        load(model, {**raw, **(ema or {})})
+        drawn = sample(
+            model,
+            labels,
+            process=build_process(recipe),
+            sampler=recipe.sampler,
+            steps=recipe.sampler_steps,
+            guidance=recipe.guidance,
+            seed=seed,
+        )
+    finally:
+        load(model, raw)
+    file.parent.mkdir(exist_ok=True)
+    save_grid(drawn, labels, file)
 
 
 def load(model: nn.Module, weights: Mapping[str, Tensor]) -> None:

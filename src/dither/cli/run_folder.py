@@ -4,8 +4,9 @@ run.json            marks the folder as a run; the images' size, channels and cl
 config.yaml         every option; `dither train --config` repeats the run with it
 model.safetensors   raw weights          ema.safetensors   their running average
 state/              what `dither train --resume` needs
-tensorboard/        curves               samples.png       labelled grid
-certificate.json    the privacy claim
+tensorboard/        curves               telemetry.json    ids at other services, if any
+samples.png         labelled grid        samples/          grids drawn on the way
+certificate.json    the privacy claim    report.html       all of it on one page
 """
 
 from __future__ import annotations
@@ -70,6 +71,10 @@ class RunFolder:
     def samples(self) -> Path:
         """The labelled grid."""
         return self.path / "samples.png"
+
+    def grid(self, step: int) -> Path:
+        """The labelled grid drawn after this many steps."""
+        return self.path / "samples" / f"step-{step:05}.png"
 
     @property
     def certificate(self) -> Path:

@@ -9,23 +9,28 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import yaml
 from rich.console import Console
 
 from dither.cli.interrupts import StopRequest
 from dither.cli.options import Options
 from dither.cli.progress import TrainingProgress
 from dither.cli.reading import read_options
-from dither.cli.results import write_results, write_samples
+from dither.cli.results import grid_steps, write_results, write_samples
 from dither.cli.run_folder import Images, RunFolder
 from dither.errors import RunFolderError
+from dither.report import write_report
+from dither.telemetry import Writers, check_installed, names
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from dither.training import PrivateTraining
+    from dither.training import PrivateTraining, Step
 
 DIGITS = Images(dataset="digits", input_size=8, in_channels=1, num_classes=10)
 INTERRUPTED = 130
+GRID_PER_CLASS = 4
+GRID_SEED = 0
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,7 @@ class Run:
 def run(words: Sequence[str]) -> int:
     """Run `dither train`; returns the exit code."""
     options = read_options(words)
+    check_installed(options.telemetry)
     import torch
 
     if options.performance.threads is not None:
@@ -54,13 +60,15 @@ def run(words: Sequence[str]) -> int:
     finished = _train(ready, console)
     write_results(ready.folder, ready.model, ready.training)
     if not finished:
+        write_report(folder)
         console.print(f"Interrupted. Go on with:\n  dither train --resume {folder}", highlight=False, soft_wrap=True)
         return INTERRUPTED
-    write_samples(ready.folder, ready.model, options.recipe, ready.training.ema)
+    write_samples(ready.folder.samples, ready.folder.images, ready.model, options.recipe, ready.training.ema)
     epsilon, delta = ready.training.epsilon(), options.privacy.delta
     console.print(f"Spent epsilon {epsilon:.3f} at delta {delta:g}.", highlight=False)
     console.print(f"Samples {ready.folder.samples}", highlight=False, soft_wrap=True)
     console.print(f"Certificate {ready.folder.certificate}", highlight=False, soft_wrap=True)
+    console.print(f"Report {write_report(folder)}", highlight=False, soft_wrap=True)
     console.print(f"More:\n  dither sample {folder} --label 3 --count 16", highlight=False, soft_wrap=True)
     return 0
 
@@ -132,27 +140,40 @@ def _resume(options: Options) -> Run:
 
 def _train(ready: Run, console: Console) -> bool:
     """Take the remaining steps; returns whether the run is complete."""
-    from torch.utils.tensorboard.writer import SummaryWriter
-
-    folder, training, steps = ready.folder, ready.training, ready.options.privacy.steps
-    spent = training.epsilon() if training.index else 0.0
-    writer = SummaryWriter(str(folder.tensorboard), purge_step=training.index + 1)
+    folder, training, options = ready.folder, ready.training, ready.options
+    steps, done = training.steps, training.index
+    spent = training.epsilon() if done else 0.0
+    drawn_after = grid_steps(steps, options.telemetry.samples)
     last_save = time.monotonic()
-    with StopRequest() as stop, TrainingProgress(steps, training.index, spent, console) as progress:
+    with (
+        StopRequest() as stop,
+        Writers(folder.path, options.telemetry, done=done, config=yaml.safe_load(options.text)) as writers,
+        TrainingProgress(steps, options.privacy.expected_batch_size, done, spent, console) as progress,
+    ):
+        began = time.perf_counter()
         for step in training:
-            progress.show(step.index, step.epsilon)
-            writer.add_scalar("privacy/epsilon", step.epsilon, step.index)
-            if step.batch_size:
-                writer.add_scalar("not private/loss", step.loss, step.index)
-                writer.add_scalar("not private/clip fraction", step.clip_fraction, step.index)
+            seconds = time.perf_counter() - began
+            progress.show(step, seconds)
+            writers.log(step.index, _values(step, seconds))
+            if step.index in drawn_after:
+                grid = folder.grid(step.index)
+                write_samples(grid, folder.images, ready.model, options.recipe, training.ema, GRID_PER_CLASS, GRID_SEED)
             if stop.wanted:
                 break
-            if time.monotonic() - last_save >= ready.options.save_every:
+            if time.monotonic() - last_save >= options.save_every:
                 training.save(folder.state)
                 last_save = time.monotonic()
+            began = time.perf_counter()
         training.save(folder.state)
-    writer.close()
     return training.index >= steps
+
+
+def _values(step: Step, seconds: float) -> dict[str, float]:
+    """What is logged of a step; an empty batch has no loss."""
+    values = {names.EPSILON: step.epsilon, names.SECONDS: seconds}
+    if step.batch_size:
+        values |= {names.LOSS: step.loss, names.CLIP_FRACTION: step.clip_fraction, names.DROPPED: float(step.dropped)}
+    return values
 
 
 def _default_output() -> Path:

@@ -1,0 +1,118 @@
+"""What a run folder holds, read for the report; whatever is missing is None or empty, as in a run that was cut."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dither.errors import RunFolderError
+from dither.telemetry.curves import Points, read_curves
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A picture of samples: after how many steps, or None for the last one."""
+
+    file: Path
+    step: int | None
+
+
+@dataclass(frozen=True)
+class Contents:
+    """A run folder's contents.
+
+    Attributes:
+        path: the folder.
+        run: run.json.
+        certificate: certificate.json; None before a session has ended.
+        config: config.yaml.
+        curves: by name, (step, value).
+        grids: samples through training, the last one last.
+        evaluation: evaluation.json, if `dither evaluate` wrote it.
+        services: other places that values were sent to.
+    """
+
+    path: Path
+    run: Mapping[str, Any]
+    certificate: Mapping[str, Any] | None
+    config: Mapping[str, Any]
+    curves: Mapping[str, Points]
+    grids: tuple[Grid, ...]
+    evaluation: Mapping[str, Any] | None
+    services: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """Of the folder, whatever path it was given by."""
+        return self.path.resolve().name
+
+    @property
+    def options(self) -> str:
+        """The options of the run as text."""
+        return yaml.safe_dump(dict(self.config), sort_keys=False)
+
+
+def read_contents(path: Path) -> Contents:
+    """Read a run folder.
+
+    Raises:
+        RunFolderError: no folder there, not dither's, or a file of it is damaged.
+    """
+    if not path.is_dir():
+        raise RunFolderError(f"{path} is not a folder", fix="give the folder that `dither train` named when it began")
+    run = _json(path / "run.json")
+    if run is None:
+        raise RunFolderError(
+            f"{path} has no run.json, so dither did not write it", fix="give a run folder of `dither train`"
+        )
+    return Contents(
+        path=path,
+        run=run,
+        certificate=_json(path / "certificate.json"),
+        config=_yaml(path / "config.yaml"),
+        curves=read_curves(path / "tensorboard"),
+        grids=_grids(path),
+        evaluation=_json(path / "evaluation.json"),
+        services=tuple(_json(path / "telemetry.json") or ()),
+    )
+
+
+def _grids(path: Path) -> tuple[Grid, ...]:
+    named = ((file, re.fullmatch(r"step-(\d+)", file.stem)) for file in (path / "samples").glob("step-*.png"))
+    grids = sorted((Grid(file, int(found[1])) for file, found in named if found), key=lambda grid: grid.step or 0)
+    last = path / "samples.png"
+    return (*grids, Grid(last, None)) if last.is_file() else tuple(grids)
+
+
+def _json(file: Path) -> dict[str, Any] | None:
+    if not file.is_file():
+        return None
+    try:
+        return _mapping(json.loads(file.read_text()), file)
+    except (OSError, ValueError) as error:
+        raise _damaged(file, error) from error
+
+
+def _yaml(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    try:
+        return _mapping(yaml.safe_load(file.read_text()), file)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise _damaged(file, error) from error
+
+
+def _mapping(value: object, file: Path) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise _damaged(file, "it is not a mapping")
+    return value
+
+
+def _damaged(file: Path, why: object) -> RunFolderError:
+    return RunFolderError(f"{file} is damaged: {why}", fix="restore it from a copy")

@@ -1,0 +1,107 @@
+"""What the page says of runs that are whole, cut, seeded, or fit to publish."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+import shutil
+
+import pytest
+from PIL import Image
+
+from dither.errors import OutputPathError, RunFolderError
+from dither.report import write_report
+from dither.report.contents import read_contents
+
+
+def words(file) -> str:
+    """The page's visible text in one line."""
+    body = file.read_text().partition("<body>")[2]
+    return " ".join(html.unescape(re.sub(r"<[^>]+>", " ", body)).split())
+
+
+def change(run, **values) -> None:
+    certificate = json.loads((run / "certificate.json").read_text()) | values
+    (run / "certificate.json").write_text(json.dumps(certificate))
+
+
+def test_the_claim(run):
+    said = words(run / "report.html")
+    certificate = json.loads((run / "certificate.json").read_text())
+    assert f"epsilon {certificate['epsilon']:.3f}" in said
+    assert "Every one of the 1,437 examples" in said and "add or remove one example" in said
+    assert "Detection of one example, at most" in said
+    assert "Loss, steps 1 to 8" in said
+    assert "Not private." not in said and "Unfinished" not in said
+
+
+def test_a_public_copy_holds_nothing_that_is_not_private(copy):
+    (copy / "evaluation").mkdir()
+    Image.new("RGB", (8, 8)).save(copy / "evaluation" / "nearest.png")
+    figures = {"knn": {"value": 0.12345, "private": False}, "noisy": {"value": 0.54321, "private": True}, "fid": 77.125}
+    (copy / "evaluation.json").write_text(json.dumps(figures))
+    whole = words(write_report(copy))
+    assert "0.1235" in whole and "0.5432" in whole and "77.12" in whole and "Images a second" in whole
+    assert write_report(copy).read_text().count("<img") == 4
+    public = write_report(copy, public=True)
+    assert public.name == "report-public.html"
+    said = words(public)
+    assert "0.5432" in said and "0.1235" not in said and "77.12" not in said
+    for hidden in ("Loss, steps", "Share of gradients clipped", "Images a second", "Time in steps"):
+        assert hidden in whole and hidden not in said
+    assert public.read_text().count("<img") == 3 and "href=" not in public.read_text().partition("<main")[2]
+
+
+def test_cut_before_anything_was_written(copy):
+    for name in ("certificate.json", "config.yaml", "samples.png", "report.html"):
+        (copy / name).unlink()
+    for name in ("samples", "tensorboard", "state"):
+        shutil.rmtree(copy / name)
+    said = words(write_report(copy))
+    for expected in ("No certificate", "nothing is claimed", "No curves were logged", "No samples were drawn yet"):
+        assert expected in said
+
+
+def test_unfinished_resumed_and_gone_on(copy):
+    change(copy, steps_done=5, resumed=2, epsilon=2.0)
+    said = words(write_report(copy))
+    assert "5 of 8 steps are done" in said and "resumed 2 times" in said
+    assert "The log reaches step 8, the certificate covers 5" in said
+
+
+def test_before_the_first_step(copy):
+    change(copy, steps_done=0, ledger=[], epsilon=0.0)
+    assert "Nothing was released yet" in words(write_report(copy))
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"private": False, "reasons": ["seed=7: known"]}, "seed=7: known. No guarantee holds"),
+        ({"verification": {"status": "turned off", "exact": None}}, "Unverified model"),
+        ({"verification": {"status": "not exact", "exact": False}}, "Gradients were not exact"),
+        ({"delta": 0.01}, "Delta is large"),
+        ({"epsilon": 12.0}, "A weak bound"),
+    ],
+)
+def test_warnings(copy, values, expected):
+    assert expected not in words(copy / "report.html")
+    change(copy, **values)
+    assert expected in words(write_report(copy))
+
+
+def test_what_is_no_run(tmp_path, copy):
+    with pytest.raises(RunFolderError, match=r"run\.json"):
+        write_report(tmp_path)
+    with pytest.raises(OutputPathError):
+        write_report(copy, tmp_path)
+    (copy / "certificate.json").write_text("{")
+    with pytest.raises(RunFolderError, match=r"certificate\.json is damaged"):
+        read_contents(copy)
+
+
+def test_links_lead_to_the_run_from_elsewhere(copy, tmp_path):
+    (tmp_path / "pages").mkdir()
+    page = write_report(copy, tmp_path / "pages" / "a.html")
+    assert 'href="../hospital%20scans/certificate.json"' in page.read_text()
