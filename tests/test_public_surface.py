@@ -8,7 +8,7 @@ import pytest
 
 import dither
 import dither.opacus
-from dither.cli import bench, budget, options, report, sample, verify
+from dither.cli import bench, budget, certificate, options, report, sample, verify
 from dither.cli.main import COMMANDS
 
 NAMES = {
@@ -70,6 +70,7 @@ OPTIONS = {
     ),
     "verify": (verify.verify_parser, "model config examples strategy dtype mode seed json"),
     "report": (report.report_parser, "run output public"),
+    "certificate": (certificate.certificate_parser, "action file"),
     "bench": (
         bench.bench_parser,
         """

@@ -13,6 +13,7 @@ from dither.accounting import NEIGHBOURING_RELATION, accountant_name
 if TYPE_CHECKING:
     from dither.training import PrivateTraining
 
+FORMAT = "dither certificate 1"
 _NOT_PRIVATE = ("batch_size", "loss", "clip_fraction", "dropped")
 
 
@@ -23,7 +24,8 @@ def certificate(training: PrivateTraining) -> dict[str, Any]:
         training: a run, finished or not.
 
     Returns:
-        JSON-serialisable. "epsilon" is spent, "planned_epsilon" of the whole run; both hold only where "private".
+        JSON-serialisable, as report/certificate.schema.json says. "epsilon" is spent,
+        "planned_epsilon" of the whole run; both hold only where "private".
     """
     reasons = []
     if training.seed is not None:
@@ -31,7 +33,11 @@ def certificate(training: PrivateTraining) -> dict[str, Any]:
     if training.verification["exact"] is False and training.index > training.verification["first_step"]:
         reasons.append("steps were taken after the verification found gradients that are not exact")
     sampler = training.sampler
+    left = [*_NOT_PRIVATE] if training.index else []
+    if training.verification["exact"] is not None:
+        left.append("verification")  # how far the compared gradients are off
     return {
+        "format": FORMAT,
         "private": not reasons,
         "reasons": reasons,
         "mechanism": "DP-SGD: Gaussian noise on sums of clipped per-example gradients of Poisson batches",
@@ -55,7 +61,7 @@ def certificate(training: PrivateTraining) -> dict[str, Any]:
         "steps_planned": training.steps,
         "resumed": training.resumed,
         "verification": {"status": _verification_status(training), **training.verification},
-        "not_private_values_that_left_the_process": list(_NOT_PRIVATE) if training.index else [],
+        "not_private_values_that_left_the_process": left,
         "versions": {"dither": _dither_version(), "torch": str(torch.__version__)},
     }
 

@@ -1,6 +1,7 @@
 """The `dither` command: finds the subcommand, and turns errors into messages and exit codes.
 
-Exit codes: 0 done; 1 `dither verify` refused, or found a model not exact, or `dither bench` one that became slower; 2
+Exit codes: 0 done; 1 `dither verify` refused, or found a model not exact, or `dither bench` one that became slower, or
+`dither certificate check` a claim that does not hold; 2
 something in the request cannot work (message and fix on stderr); 130 interrupted, resumable.
 """
 
@@ -16,6 +17,7 @@ COMMANDS = {
     "budget": "epsilon from noise, noise from epsilon, steps from both",
     "verify": "is every example's gradient exact and its own, for this model and batch?",
     "report": "a run on one HTML page: claim, ledger, curves, samples, warnings",
+    "certificate": "check a certificate: its form, and epsilon computed again from its ledger",
     "bench": "what privacy costs in time and memory, beside plain training and other libraries",
 }
 """By name, one line of help; the command lives in `dither.cli.<name>`, imported only when it is asked for."""

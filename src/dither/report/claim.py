@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dither.accounting import Event, Ledger
 from dither.report.attack import trade_off
 from dither.report.chart import Chart, line_chart
+from dither.report.checking import ledger_of
 
 FALSE_POSITIVE_RATES = (0.001, 0.01, 0.1)
 _CURVE = 60
@@ -37,7 +37,7 @@ def claim_of(certificate: Mapping[str, Any] | None) -> Claim | None:
     if certificate is None or not certificate["private"] or not certificate["ledger"]:
         return None
     epsilon, delta = certificate["epsilon"], certificate["delta"]
-    bound = trade_off(Ledger(Event(**event) for event in certificate["ledger"]), epsilon, delta)
+    bound = trade_off(ledger_of(certificate), epsilon, delta)
     rates = [0.0, *(10 ** (-4 + 4 * i / _CURVE) for i in range(_CURVE + 1))]
     points = [(100 * rate, 100 * bound.true_positive_rate(rate)) for rate in rates]
     at_one = bound.true_positive_rate(0.01)
