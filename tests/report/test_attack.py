@@ -11,7 +11,7 @@ from dither.report.attack import TradeOff, trade_off
 
 @pytest.mark.parametrize("noise", [0.7, 1.0, 3.0])
 def test_one_gaussian_release_has_the_gaussian_trade_off(noise):
-    """The best test of N(0, 1) against N(mu, 1) reaches Phi(mu - z(alpha)) (Dong, Roth and Su 2022, section 2.2)."""
+    """The best test of N(0, 1) against N(mu, 1) reaches Phi(mu - z(alpha)) (Dong, Roth and Su 2022)."""
     ledger = Ledger([Event(1.0, noise, 1)])
     bound = trade_off(ledger, ledger.epsilon(1e-5), 1e-5)
     for alpha in (0.001, 0.01, 0.1, 0.5, 0.9):

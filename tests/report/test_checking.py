@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from pathlib import Path
 
 import pytest
 from jsonschema import Draft202012Validator
@@ -116,3 +117,9 @@ def test_json_that_is_no_certificate(tmp_path):
 def test_the_schema_is_printed(capsys):
     assert main(["certificate", "schema"]) == 0
     assert json.loads(capsys.readouterr().out) == checking.schema()
+
+
+def test_the_guide_explains_every_field_in_the_schema_s_words():
+    guide = (Path(__file__).parents[2] / "docs" / "certificate.md").read_text()
+    fields = checking.schema()["properties"] | checking.schema()["$defs"]["event"]["properties"]
+    assert [name for name, field in fields.items() if f"| `{name}` | {field['description']} |" not in guide] == []

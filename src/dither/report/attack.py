@@ -29,7 +29,7 @@ class TradeOff:
         """The most that any attacker reaches at this false positive rate, in [0, 1].
 
         Each (epsilon, delta) bounds it by e^epsilon alpha + delta and by 1 - e^-epsilon (1 - delta - alpha) (Kairouz,
-        Oh and Viswanath 2015, theorem 2.1; Dong, Roth and Su 2022, propositions 2.5 and 2.12); the least bound counts.
+        Oh and Viswanath 2015; Dong, Roth and Su 2022); the least bound counts.
         """
         alpha = false_positive_rate
         bounds = [1.0]

@@ -25,7 +25,7 @@ from dither.report.evaluation import evaluation_of
 from dither.report.remarks import remarks
 
 FILES = {
-    "certificate.json": ("the claim, for machines: dither certificate check", True),
+    "certificate.json": ("the claim, for machines; its verification figures are not covered", True),
     "model.safetensors": ("weights", True),
     "ema.safetensors": ("running average of the weights", True),
     "samples.png": ("generated images", True),

@@ -123,8 +123,8 @@ def _of_values(contents: Contents) -> Iterator[Remark]:
         yield Remark(
             "caution",
             "Values that are not private left the process",
-            f"{names}: computed from the data without noise, and kept in tensorboard/. The guarantee does not "
-            "cover them; do not publish them.",
+            f"{names}: computed from the data without noise, and kept in tensorboard/ and, of the verification, in "
+            "certificate.json. The guarantee does not cover them; do not publish them.",
         )
     for service in contents.services:
         yield Remark("caution", f"Values were sent to {service}", "Those called non-private/... are not covered.")
