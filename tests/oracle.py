@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 
+@torch.compiler.set_stance("force_eager")  # compiled code may refuse a second backward pass
 def per_example_gradients(model: nn.Module, loss_fn: Callable[[], Tensor]) -> dict[str, Tensor]:
-    """By parameter name, (B, *shape): B backward passes of one loss each through one ordinary forward."""
+    """By parameter name, (B, *shape): B backward passes of one loss each through one ordinary forward, as written."""
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     losses = loss_fn()
     rows: dict[str, list[Tensor]] = {name: [] for name in parameters}

@@ -2,14 +2,15 @@
 
 While anybody records, `torch.autograd.Function.apply` asks the calling thread's recorder. A reentrant checkpoint hides
 its operations in a graph of its own, so it runs as the other kind, which has the same result (torch.utils.checkpoint).
-Compiled code would hide its operations too, so it runs as it was written.
+Compiled code would hide its operations too, so it runs as it was written; all but what `dither.compile` compiled.
 """
 
 from __future__ import annotations
 
 import sys
 import threading
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -35,6 +36,8 @@ _local = threading.local()
 _lock = threading.Lock()
 _watchers = 0
 _original: Any = None
+_readers = 0
+_stance: Any = None
 
 
 def begin(watcher: Watcher) -> None:
@@ -88,9 +91,22 @@ def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
     return output
 
 
-def as_written() -> AbstractContextManager[Any]:
-    """Compiled functions run as they were written inside."""
+@contextmanager
+def as_written() -> Iterator[None]:
+    """Compiled functions run as they were written inside, in every thread until the last of them leaves."""
+    global _readers, _stance
     if "torch._dynamo" not in sys.modules:  # nothing is compiled
-        return nullcontext()
-    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
-    return stance
+        yield
+        return
+    with _lock:
+        _readers += 1
+        if _readers == 1:
+            _stance = torch.compiler.set_stance("force_eager")
+            _stance.__enter__()
+    try:
+        yield
+    finally:
+        with _lock:
+            _readers -= 1
+            if _readers == 0:
+                _stance.__exit__(None, None, None)

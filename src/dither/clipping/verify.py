@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dither.capture.coverage import check_loss, leaves_of
+from dither.capture.watching import as_written
 from dither.clipping.clipped_sum import ClippedSum, clipped_sum, per_example_gradients
 from dither.clipping.gradients import Gradients
 from dither.clipping.plan import STRATEGIES, check_strategy
@@ -159,8 +160,9 @@ class Comparison:
     clipped_size: dict[str, float] = field(default_factory=dict)
 
     @classmethod
+    @as_written()  # compiled code may refuse a second backward pass
     def of(cls, parameters: Mapping[str, Tensor], loss_fn: LossFunction, recorded: Mapping[str, Tensor]) -> Comparison:
-        """Run the loss once more, and autograd once an example."""
+        """Run the loss once more, as it is written, and autograd once an example."""
         with torch.enable_grad():
             losses = check_loss(loss_fn())
         batch = next(iter(recorded.values())).shape[0]
