@@ -19,6 +19,7 @@ NAMES = {
     "__version__",
     "batched",
     "clipped_sum",
+    "compile",
     "constant",
     "per_example_gradients",
     "per_example_norms",
@@ -29,6 +30,7 @@ NAMES = {
 ARGUMENTS = {
     "batched": "tensor axis=0",
     "constant": "tensor",
+    "compile": "module backend='inductor' dynamic=None",
     "clipped_sum": (
         "model loss_fn max_grad_norm=1.0 clipping='flat' strategy='auto' rows_per_example=None memory_budget=None "
         "into=None randomness='different'"
@@ -74,7 +76,7 @@ OPTIONS = {
     "bench": (
         bench.bench_parser,
         """
-        config models contenders smoke microbatches pairs warm_up threads memory sweep explain jax_python
+        config models contenders smoke compile microbatches pairs warm_up threads memory sweep explain jax_python
         load save page picture check
         """,
     ),

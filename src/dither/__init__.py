@@ -1,5 +1,6 @@
 """dither: train PyTorch models under differential privacy, exactly, whatever their forward takes."""
 
+from dither.capture.compiled import compile
 from dither.capture.declared import batched, constant
 from dither.clipping import (
     ClippedSum,
@@ -23,6 +24,7 @@ __all__ = [
     "__version__",
     "batched",
     "clipped_sum",
+    "compile",
     "constant",
     "per_example_gradients",
     "per_example_norms",

@@ -39,7 +39,7 @@ class Plain:
     """Without privacy: the gradient of the mean loss, accumulated over micro-batches."""
 
     def __init__(self, workload: Workload, microbatches: int, noise_multiplier: float) -> None:
-        self.workload, self.model = workload, workload.build()
+        self.workload, self.model = workload, workload.build_to_train()
         self.batches = workload.batches(microbatches)
         self.optimizer = torch.optim.AdamW(
             [p for p in self.model.parameters() if p.requires_grad], lr=LEARNING_RATE, fused=True
@@ -62,7 +62,7 @@ class Dither:
     """dither's clipped sums under one strategy."""
 
     def __init__(self, workload: Workload, microbatches: int, noise_multiplier: float, strategy: str) -> None:
-        self.workload, self.model, self.strategy = workload, workload.build(), strategy
+        self.workload, self.model, self.strategy = workload, workload.build_to_train(), strategy
         self.batches = workload.batches(microbatches)
         self.noise, self.noise_multiplier = GaussianNoise(), noise_multiplier
         self.parameters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -115,7 +116,7 @@ def peak(workload: Workload, name: str) -> Cell:
     state count.
     """
     cell = Cell()
-    small = MODELS[workload.name].workload(workload.name, smoke=True)
+    small = replace(MODELS[workload.name].workload(workload.name, smoke=True), compiled=workload.compiled)
     _try(cell, lambda: contender(name, small, 1).step())  # loads the code that a step runs
     kept = workload.build(), workload.batches(PEAK_MICROBATCHES)  # as much as the contender's own copies
     gc.collect()

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dither.capture.compiled import compile
 from dither.errors import ConfigurationError
 
 SEED = 0
@@ -80,6 +81,7 @@ class Workload:
         make: builds the model.
         draw: one micro-batch of B * views rows.
         row_losses: (output, target) to one loss per row.
+        compiled: whether the plain step and dither's have their blocks compiled.
     """
 
     name: str
@@ -87,6 +89,7 @@ class Workload:
     make: Callable[[], nn.Module]
     draw: Callable[[], MicroBatch]
     row_losses: Callable[[Tensor, Tensor], Tensor]
+    compiled: bool = False
 
     def build(self) -> nn.Module:
         """The model, with the same weights each time, away from the zero initialisation."""
@@ -97,6 +100,21 @@ class Workload:
                 for parameter in model.parameters():
                     if parameter.requires_grad:
                         parameter.add_(torch.randn_like(parameter) * _MOVED)
+        return model
+
+    def build_to_train(self) -> nn.Module:
+        """The model, its blocks compiled by `dither.compile` if that is asked for.
+
+        Raises:
+            ConfigurationError: they are to be compiled, and the model has no list of blocks.
+        """
+        model = self.build()
+        if self.compiled:
+            blocks = getattr(model, "blocks", None)
+            if not isinstance(blocks, nn.ModuleList):
+                raise ConfigurationError(f"{self.name} has no blocks to compile", fix="measure the DiTs only")
+            for block in blocks:
+                compile(block)
         return model
 
     def batches(self, count: int) -> list[MicroBatch]:

@@ -33,6 +33,7 @@ class Request:
         sweeps: of sweep.AXES.
         explain: whether plans are compared with what uses take.
         smoke: tiny sizes.
+        compile: whether the blocks of the plain step and of dither's are compiled.
         threads: of torch and XLA; None for their own choice.
         jax_python: the Python of an environment with jax-privacy; None leaves it out.
     """
@@ -46,12 +47,13 @@ class Request:
     sweeps: Sequence[str] = ()
     explain: bool = False
     smoke: bool = False
+    compile: bool = False
     threads: int | None = None
     jax_python: str | None = None
 
     def sent(self) -> dict[str, Any]:
         """What every worker is told."""
-        names = ("microbatches", "pairs", "warm_up", "smoke", "threads")
+        names = ("microbatches", "pairs", "warm_up", "smoke", "threads", "compile")
         return {name: getattr(self, name) for name in names}
 
 
@@ -126,6 +128,7 @@ def about(request: Request) -> dict[str, Any]:
         "date": datetime.date.today().isoformat(),
         "threads": torch.get_num_threads() if request.threads is None else request.threads,
         "smoke": request.smoke,
+        "compile": request.compile,
         "settings": {name: getattr(request, name) for name in ("microbatches", "pairs", "warm_up")},
     }
 

@@ -178,7 +178,8 @@ def origin(results: Results) -> str:
     about = results.about
     versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
     smoke = "\n\n**Tiny sizes, to see that everything runs: no figure here means anything.**" if about["smoke"] else ""
-    return f"Measured on {about['date']}: {about['machine']}; threads: {about['threads']}. {versions}.{smoke}"
+    compiled = " Blocks of the plain step and of dither's are compiled (`--compile`)." if about.get("compile") else ""
+    return f"Measured on {about['date']}: {about['machine']}; threads: {about['threads']}. {versions}.{compiled}{smoke}"
 
 
 def page(results: Results, command: str, picture: str | None) -> str:

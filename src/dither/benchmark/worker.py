@@ -93,7 +93,7 @@ def explained(request: dict[str, Any]) -> list[Explained]:
 def _times(asked: dict[str, Any]) -> Any:
     from dither.benchmark import measure, models
 
-    chosen = models.workload(asked["model"], asked["smoke"])
+    chosen = replace(models.workload(asked["model"], asked["smoke"]), compiled=asked.get("compile", False))
     options = {name: asked[name] for name in ("microbatches", "pairs", "warm_up")}
     return {name: asdict(cell) for name, cell in measure.times(chosen, asked["contenders"], **options).items()}
 
@@ -101,7 +101,7 @@ def _times(asked: dict[str, Any]) -> Any:
 def _peak(asked: dict[str, Any]) -> Any:
     from dither.benchmark import measure, models
 
-    chosen = models.workload(asked["model"], asked["smoke"])
+    chosen = replace(models.workload(asked["model"], asked["smoke"]), compiled=asked.get("compile", False))
     return asdict(measure.peak(chosen, asked["contender"]))
 
 

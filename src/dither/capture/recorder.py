@@ -7,7 +7,7 @@ count as parameters where they meet the examples (design: parameter-only subgrap
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Protocol
@@ -141,6 +141,41 @@ class Recorder(TorchFunctionMode):
             yield
         finally:
             super().__exit__(None, None, None)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """See nothing of what runs inside, where this is the innermost mode."""
+        super().__exit__(None, None, None)
+        try:
+            yield
+        finally:
+            super().__enter__()
+
+    resumed = _resumed
+
+    def may_miss(self, inputs: Sequence[Any], behind: Sequence[frozenset[int]]) -> bool:
+        """Whether operations on these inputs need not be seen: none uses a parameter, every result is the examples'.
+
+        Args:
+            inputs: the tensors and numbers that the operations are given.
+            behind: for each result, the positions of the tensors it is computed from.
+        """
+        examples = set()
+        for position, tensor in enumerate(inputs):
+            if type(tensor) is int:
+                continue
+            kind = self._kinds.get(id(tensor))
+            if kind is None:
+                if type(tensor) is not Tensor or id(tensor) in self._numbers:
+                    return False
+                examples.add(position)
+            elif kind[0] not in (_CONSTANT, _BUFFER):
+                return False
+        return all(not examples.isdisjoint(positions) for positions in behind)
+
+    def missed(self, what: str, options: tuple[int, ...]) -> None:
+        """Take note, in the trace, of operations that were not seen."""
+        self._trace.append((what, options, ()))
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

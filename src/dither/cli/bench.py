@@ -53,6 +53,7 @@ def bench_parser() -> ArgumentParser:
     add("--models", type=str, nargs="*", default=["all"], help="what is trained; --models alone is none")
     add("--contenders", type=str, nargs="+", default=["all"], help="who trains it, the plain step always")
     add("--smoke", action="store_true", help="tiny sizes")
+    add("--compile", action="store_true", help="compile the DiTs' blocks, in the plain step and in dither's")
     add("--microbatches", type=int, default=8, help="micro-batches in a step")
     add("--pairs", type=int, default=7, help="rounds that are measured")
     add("--warm_up", type=int, default=2, help="steps before them; dither proves in micro-batches 1, 2, 4, 8, 16")
@@ -110,7 +111,17 @@ def _measure(options: Namespace) -> Results:
         sweeps=_chosen("sweep", options.sweep, AXES),
         **{
             name: options[name]
-            for name in ("microbatches", "pairs", "warm_up", "memory", "explain", "smoke", "threads", "jax_python")
+            for name in (
+                "microbatches",
+                "pairs",
+                "warm_up",
+                "memory",
+                "explain",
+                "smoke",
+                "compile",
+                "threads",
+                "jax_python",
+            )
         },
     )
     keep = functools.partial(_keep, path=options.save)
