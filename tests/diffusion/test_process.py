@@ -74,8 +74,8 @@ def test_stratified_timesteps():
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"prediction": "flow"},
-        {"weighting": "edm"},
+        {"prediction": "noise"},
+        {"weighting": "p2"},
         {"sigma_data": 0.0},
         {"beta_schedule": "cubic"},
         {"min_timestep": 5, "max_timestep": 5},

@@ -13,7 +13,7 @@ from dither.cli.options import SHORT, Options, Performance, train_parser
 from dither.cli.parsing import parse
 from dither.cli.run_folder import RunFolder
 from dither.diffusion.recipe import Recipe
-from dither.diffusion.sampling import SAMPLERS
+from dither.diffusion.sampling import FLOW_SAMPLERS, SAMPLERS
 from dither.errors import ConfigurationError, DitherError, RunFolderError
 
 RESUMABLE = ("resume", "save_every", "performance.", "telemetry.")
@@ -109,8 +109,12 @@ def _options(parser: ArgumentParser, parsed: Namespace, given: Namespace) -> Opt
 
 def _check(recipe: Recipe, performance: Performance, save_every: float) -> None:
     """Refuse now what would otherwise fail when the model is built, or only after the training."""
-    if recipe.sampler not in SAMPLERS:
-        raise ConfigurationError(f"--recipe.sampler {recipe.sampler} is not known", fix=f"one of {', '.join(SAMPLERS)}")
+    samplers = FLOW_SAMPLERS if recipe.prediction == "flow" else SAMPLERS
+    if recipe.sampler not in samplers:
+        raise ConfigurationError(
+            f"--recipe.sampler {recipe.sampler} is not one for --recipe.prediction {recipe.prediction}",
+            fix=f"one of {', '.join(samplers)}",
+        )
     if not 1 <= recipe.sampler_steps <= recipe.timesteps:
         raise ConfigurationError(
             f"--recipe.sampler_steps {recipe.sampler_steps} is outside 1..{recipe.timesteps}", fix="choose 20 to 250"

@@ -52,7 +52,10 @@ def sample_parser() -> ArgumentParser:
         help="strength of classifier-free guidance; 1 is off; by default the run's",
     )
     parser.add_argument(
-        "--sampler", type=Literal["ddim", "ddpm", "dpm-solver++"] | None, default=None, help="by default the run's"
+        "--sampler",
+        type=Literal["ddim", "ddpm", "dpm-solver++", "euler"] | None,
+        default=None,
+        help="by default the run's",
     )
     parser.add_argument("--steps", type=int | None, default=None, help="denoising steps; by default the run's")
     parser.add_argument("--weights", type=Literal["ema", "raw"], default="ema", help="which weights to draw from")

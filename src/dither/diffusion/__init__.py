@@ -13,9 +13,11 @@ from dither.diffusion.recipe import (
     build_optimizer,
     build_process,
 )
-from dither.diffusion.sampling import SAMPLERS, sample
+from dither.diffusion.sampling import FLOW_SAMPLERS, SAMPLERS, sample
+from dither.diffusion.timesteps import TimestepDistribution
 
 __all__ = [
+    "FLOW_SAMPLERS",
     "SAMPLERS",
     "DiT",
     "DiTModelWithFlashAttention",
@@ -23,6 +25,7 @@ __all__ = [
     "Draws",
     "Process",
     "Recipe",
+    "TimestepDistribution",
     "build_ema",
     "build_loss",
     "build_model",

@@ -46,7 +46,7 @@ class DiffusionLoss:
         generator: source of randomness; None is torch's global one.
 
     Raises:
-        ConfigurationError: K below 1, or a probability outside [0, 1].
+        ConfigurationError: K below 1, a probability outside [0, 1], or timesteps that cannot be drawn.
     """
 
     def __init__(
@@ -65,6 +65,7 @@ class DiffusionLoss:
             raise ConfigurationError(
                 f"label_dropout {label_dropout} is outside [0, 1]", fix="give a probability, usually 0.1"
             )
+        _ = process.timestep_probabilities  # refuses now what could not be drawn later
         self.process = process
         self.multiplicity = multiplicity
         self.label_dropout = label_dropout

@@ -2,32 +2,39 @@
 
 The noise schedule is diffusers' (`DDPMScheduler`); a sampler built from the same `Process` agrees with it.
 
-Shapes: R rows (examples times noise draws), x_0 and x_t (R, C, H, W), timesteps (R,) int64 in 0..timesteps-1.
+Shapes: R rows (examples times noise draws), x_0 and x_t (R, C, H, W), timesteps (R,) int64 in 0..timesteps-1, for
+flow matching 1..timesteps.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from dither.diffusion.timesteps import TimestepDistribution, draw
 from dither.errors import ConfigurationError
 
-Prediction = Literal["epsilon", "v", "sample", "edm"]
-Weighting = Literal["uniform", "snr", "min_snr"]
+Prediction = Literal["epsilon", "v", "sample", "edm", "flow"]
+Weighting = Literal["uniform", "snr", "min_snr", "truncated_snr", "edm"]
 
 # diffusers' names for what `Process.denoiser_output` hands to a scheduler
-_PREDICTION_TYPES = {"epsilon": "epsilon", "v": "v_prediction", "sample": "sample", "edm": "sample"}
-_WEIGHTINGS = ("uniform", "snr", "min_snr")
+_PREDICTION_TYPES = {
+    "epsilon": "epsilon", "v": "v_prediction", "sample": "sample", "edm": "sample", "flow": "flow_prediction"
+}  # fmt: skip
+_WEIGHTINGS = ("uniform", "snr", "min_snr", "truncated_snr", "edm")
 _SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 
 
 @dataclass(frozen=True)
 class Process:
-    """A variance-preserving diffusion, x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) noise.
+    """A diffusion: how images become noise, and what the network learns of it.
+
+    Variance-preserving, x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) noise; with prediction "flow" the straight
+    line x_t = (1 - s) x_0 + s noise, s = t / timesteps, of flow matching (Liu et al. 2023; Lipman et al. 2023).
 
     All fields are public constants of a run.
 
@@ -35,14 +42,17 @@ class Process:
         timesteps: number of noise levels.
         beta_schedule: diffusers' name of the schedule: "linear", "scaled_linear", "squaredcos_cap_v2".
         prediction: what the network outputs: the noise "epsilon" (Ho et al. 2020), the velocity "v"
-            (Salimans & Ho 2022), the clean image "sample", or "edm": what a Wiener filter of white images
-            leaves over (Karras et al. 2022, sec. 5), so that a network of zeros already denoises.
+            (Salimans & Ho 2022), the clean image "sample", "edm": what a Wiener filter of white images
+            leaves over (Karras et al. 2022, sec. 5), so that a network of zeros already denoises; or "flow": the
+            direction noise - x_0 of the straight line.
         sigma_data: standard deviation of a pixel within its class, for "edm": a public guess.
-        weighting: weight of a row's squared error beyond the prediction's own: "uniform", "snr"
-            (alpha_bar / (1 - alpha_bar)) or "min_snr" (Hang et al. 2023, gamma 5: min(snr, 5) on the
-            error of x_0, whatever is predicted).
-        min_timestep: lowest timestep that training draws, inclusive.
+        weighting: weight of a row's squared error. "uniform" is 1 and "snr" the signal-to-noise ratio, both on the
+            error of what is predicted. The others are on the error of x_0, whatever is predicted: "min_snr"
+            (Hang et al. 2023, gamma 5: min(snr, 5)), "truncated_snr" (Salimans & Ho 2022: max(snr, 1)), "edm"
+            (Karras et al. 2022: snr + sigma_data^-2).
+        min_timestep: lowest timestep that training draws, inclusive, counted from 0.
         max_timestep: highest, exclusive; None means `timesteps`.
+        timestep_distribution: how often training draws which.
         learn_sigma: the network's second half of channels parametrises the reverse variance.
 
     Raises:
@@ -56,6 +66,7 @@ class Process:
     weighting: Weighting = "uniform"
     min_timestep: int = 0
     max_timestep: int | None = None
+    timestep_distribution: TimestepDistribution = field(default_factory=TimestepDistribution)
     learn_sigma: bool = False
 
     def __post_init__(self) -> None:
@@ -78,7 +89,12 @@ class Process:
             )
 
     def scheduler_settings(self) -> dict[str, Any]:
-        """Return the keyword arguments that make any diffusers scheduler agree with this process."""
+        """Return the keyword arguments that make a diffusers scheduler agree with this process.
+
+        With "flow" they are for `FlowMatchEulerDiscreteScheduler`, otherwise for any of DDPM's kind.
+        """
+        if self.prediction == "flow":
+            return {"num_train_timesteps": self.timesteps}
         return {
             "num_train_timesteps": self.timesteps,
             "beta_schedule": self.beta_schedule,
@@ -87,7 +103,7 @@ class Process:
 
     @cached_property
     def scheduler(self) -> Any:
-        """The diffusers `DDPMScheduler` whose noise levels training uses."""
+        """The diffusers `DDPMScheduler` whose noise levels training uses; not with "flow", which needs none."""
         from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
         variance_type = "learned_range" if self.learn_sigma else "fixed_small"
@@ -103,24 +119,44 @@ class Process:
         self, count: int, draws: int = 1, *, stratified: bool = False, device: Any = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:  # fmt: skip
-        """Draw timesteps, uniform on the training range: (count, draws) int64.
+        """Draw timesteps from the training distribution: (count, draws) int64.
 
         Args:
             count: number of examples.
             draws: draws per example.
-            stratified: one draw in each of `draws` equal parts of the range (each still uniform over the
-                whole range on average, so the loss has the same expectation and less variance).
+            stratified: one draw in each of `draws` equally probable parts of the distribution (on average each still
+                has the whole distribution, so the loss has the same expectation and less variance).
             device: where the timesteps live.
             generator: source of randomness; None is torch's global one.
         """
-        low, high = self._range()
         position = torch.rand(count, draws, device=device, generator=generator)
         if stratified:
             position = (position + torch.arange(draws, device=device)) / draws
-        return (low + (position * (high - low)).long()).clamp_(max=high - 1)
+        return draw(self.timestep_probabilities, position) + self._first
+
+    @cached_property
+    def timestep_probabilities(self) -> Tensor:
+        """How often training draws each timestep, (timesteps,) float64.
+
+        Raises:
+            ConfigurationError: the distribution draws nothing in the range.
+        """
+        signal, noise = self.signal_and_noise(torch.arange(self.timesteps) + self._first)
+        return self.timestep_distribution.probabilities(noise.log() - signal.log(), *self._range())
+
+    def signal_and_noise(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the factors of x_0 and of the noise in x_t at timesteps (R,), both (R,)."""
+        if self.prediction == "flow":
+            level = t.float() / self.timesteps
+            return 1 - level, level
+        alpha_bar = self.alphas_cumprod.to(t.device)[t]
+        return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
 
     def add_noise(self, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Return x_t for clean x_0, standard normal noise (both (R, C, H, W)) and timesteps (R,)."""
+        if self.prediction == "flow":
+            signal, level = (part.to(x_0.dtype).view(-1, 1, 1, 1) for part in self.signal_and_noise(t))
+            return signal * x_0 + level * noise
         noised: Tensor = self.scheduler.add_noise(x_0, noise, t)
         return noised
 
@@ -130,6 +166,8 @@ class Process:
             return noise
         if self.prediction == "sample":
             return x_0
+        if self.prediction == "flow":
+            return noise - x_0
         if self.prediction == "edm":
             skip, scale = self._preconditioning(t)
             return (x_0 - skip * self.add_noise(x_0, noise, t)) / scale
@@ -147,8 +185,8 @@ class Process:
         """Return the weight of each row's mean squared error, (R,) float32."""
         if self.weighting == "uniform":
             return torch.ones(t.shape, device=t.device)
-        alpha_bar = self.alphas_cumprod.to(t.device)[t]
-        snr = alpha_bar / (1 - alpha_bar)
+        signal, noise = self.signal_and_noise(t)
+        snr = (signal / noise).square()
         if self.weighting == "snr":
             return snr
         per_x_0 = {
@@ -156,8 +194,14 @@ class Process:
             "epsilon": snr,
             "v": snr + 1,
             "edm": snr + self.sigma_data**-2,
+            "flow": noise**-2,
         }[self.prediction]
-        return snr.clamp(max=5.0) / per_x_0
+        on_x_0 = {
+            "min_snr": snr.clamp(max=5.0),
+            "truncated_snr": snr.clamp(min=1.0),
+            "edm": snr + self.sigma_data**-2,
+        }[self.weighting]
+        return on_x_0 / per_x_0
 
     def _preconditioning(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return c_skip and c_out of Karras et al. 2022, table 1, for a variance-preserving x_t: (R, 1, 1, 1)."""
@@ -167,6 +211,11 @@ class Process:
             self.sigma_data**2 * alpha_bar.sqrt() / variance,
             self.sigma_data * ((1 - alpha_bar) / variance).sqrt(),
         )
+
+    @property
+    def _first(self) -> int:
+        """The timestep with the least noise: a straight line's 0 is the image itself, its last is noise alone."""
+        return 1 if self.prediction == "flow" else 0
 
     def _range(self) -> tuple[int, int]:
         return self.min_timestep, self.timesteps if self.max_timestep is None else self.max_timestep

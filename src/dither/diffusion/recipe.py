@@ -18,6 +18,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from dither.diffusion.dit import DiT, dit
 from dither.diffusion.loss import DiffusionLoss
 from dither.diffusion.process import Prediction, Process, Weighting
+from dither.diffusion.timesteps import Distribution, TimestepDistribution
 from dither.errors import ConfigurationError
 
 _FUSED = ("cpu", "cuda")  # where torch 2.6 has Adam as one kernel, which reads the gradients once
@@ -49,6 +50,10 @@ class Recipe:
     sigma_data: float = 0.4  # lower: cleaner and more alike; higher: more varied and noisier
     label_std: float = 1.0  # at the published 0.02 the class hardly reaches the gradient in so few steps
     weighting: Weighting = "uniform"
+    timestep_distribution: Distribution = "uniform"
+    timestep_mean: float = -1.2  # of "log_normal": mean and deviation of ln(noise / signal)
+    timestep_std: float = 1.2
+    timestep_pieces: tuple[tuple[int, int, float], ...] = ()  # of "biased": (first, end, weight)
     timesteps: int = 1000
     beta_schedule: str = "linear"
     label_dropout: float = 0.1
@@ -82,6 +87,9 @@ def build_process(recipe: Recipe) -> Process:
         prediction=recipe.prediction,
         sigma_data=recipe.sigma_data,
         weighting=recipe.weighting,
+        timestep_distribution=TimestepDistribution(
+            recipe.timestep_distribution, recipe.timestep_mean, recipe.timestep_std, recipe.timestep_pieces
+        ),
     )
 
 

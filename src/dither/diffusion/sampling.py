@@ -16,6 +16,7 @@ from dither.diffusion.process import Process
 from dither.errors import ConfigurationError
 
 SAMPLERS = ("ddim", "ddpm", "dpm-solver++")
+FLOW_SAMPLERS = ("euler", "dpm-solver++")  # of a process with prediction "flow"
 
 
 @torch.no_grad()
@@ -42,7 +43,8 @@ def sample(
         model: called as `model(x_t, t, y, drop_label=...)`; put in eval mode here and put back after.
         labels: class of each image, (N,).
         process: the process the model was trained with; None is `Process()`.
-        sampler: "ddim" (Song et al. 2021), "ddpm" (Ho et al. 2020) or "dpm-solver++" (Lu et al. 2022).
+        sampler: "ddim" (Song et al. 2021), "ddpm" (Ho et al. 2020) or "dpm-solver++" (Lu et al. 2022); "euler" (Liu
+            et al. 2023) or "dpm-solver++" for flow matching.
         steps: denoising steps, at most `process.timesteps`.
         guidance: scale of classifier-free guidance (Ho & Salimans 2022),
             `unlabelled + guidance * (labelled - unlabelled)`; 1 is off, 0 ignores the labels.
@@ -79,7 +81,7 @@ def sample(
             scheduler.set_timesteps(steps, device=parameter.device)
             x = torch.randn((len(y), *shape), dtype=parameter.dtype, device=parameter.device, generator=generator)
             for done, t in enumerate(scheduler.timesteps):
-                output = _guided(model, scheduler.scale_model_input(x, t), t, y, guidance)
+                output = _guided(model, x, t, y, guidance)  # none of these scales its input
                 if process.learn_sigma and sampler != "ddpm":
                     output = output.chunk(2, dim=1)[0]
                 output = process.denoiser_output(output, x, t)
@@ -107,6 +109,8 @@ def _guided(model: nn.Module, x: Tensor, t: Tensor, y: Tensor, guidance: float) 
 
 def _scheduler(sampler: str, process: Process, clip: bool) -> Any:
     """Build the diffusers scheduler that inverts `process`."""
+    if process.prediction == "flow":
+        return _flow_scheduler(sampler, process)
     settings = {**process.scheduler_settings(), "timestep_spacing": "trailing"}
     if sampler == "ddpm":
         from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
@@ -121,7 +125,28 @@ def _scheduler(sampler: str, process: Process, clip: bool) -> Any:
         from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 
         return DPMSolverMultistepScheduler(**settings, algorithm_type="dpmsolver++")
-    raise ConfigurationError(f"sampler {sampler!r} is not known", fix=f"choose one of {', '.join(SAMPLERS)}")
+    raise ConfigurationError(
+        f"sampler {sampler!r} is not known, or not for prediction {process.prediction!r}",
+        fix=f"choose one of {', '.join(SAMPLERS)}",
+    )
+
+
+def _flow_scheduler(sampler: str, process: Process) -> Any:
+    """Build the diffusers scheduler that follows a straight line back."""
+    settings = process.scheduler_settings()
+    if sampler == "euler":
+        from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+
+        return FlowMatchEulerDiscreteScheduler(**settings)
+    if sampler == "dpm-solver++":
+        from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
+
+        return DPMSolverMultistepScheduler(
+            **settings, prediction_type="flow_prediction", use_flow_sigmas=True, algorithm_type="dpmsolver++"
+        )
+    raise ConfigurationError(
+        f"sampler {sampler!r} does not go with prediction 'flow'", fix=f"choose one of {', '.join(FLOW_SAMPLERS)}"
+    )
 
 
 def _generator(seed: int | None, generator: torch.Generator | None, device: torch.device) -> torch.Generator | None:
