@@ -52,6 +52,18 @@ class LabelError(ConfigurationError):
     """A class label is outside the model's range."""
 
 
+class DataError(DitherError):
+    """A data set cannot be read, or is not what it should be."""
+
+
+class BrokenImagesError(DataError):
+    """Some images of a data set cannot be read; each has a name."""
+
+
+class MissingPackageError(DitherError, ImportError):
+    """An optional package is needed and not installed."""
+
+
 class RunFolderError(DitherError):
     """A run folder is missing, corrupt, or was not written by dither."""
 

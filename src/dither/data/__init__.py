@@ -1,5 +1,7 @@
 """Data sets for private training."""
 
 from dither.data.digits import digits as digits
+from dither.data.image_data import ImageData as ImageData
+from dither.data.reading import read_images as read_images
 
-__all__ = ["digits"]
+__all__ = ["ImageData", "digits", "read_images"]

@@ -9,6 +9,7 @@ from torch.utils.data import TensorDataset
 PIXEL_MAX = 16.0
 HELD_OUT = 5  # every fifth of the permutation
 SPLIT_SEED = 20230401
+CLASS_NAMES = tuple(str(digit) for digit in range(10))
 
 
 def digits() -> tuple[TensorDataset, TensorDataset]:
