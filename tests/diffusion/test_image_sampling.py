@@ -8,7 +8,7 @@ from denoisers import perturbed
 from PIL import Image
 from torch import nn
 
-from dither.diffusion import SAMPLERS, DiffusionLoss, Process, dit, image_grid, sample, save_grid
+from dither.diffusion import SAMPLERS, Churn, DiffusionLoss, Process, dit, image_grid, sample, save_grid
 from dither.errors import ConfigurationError, LabelError, OutputPathError
 
 
@@ -63,9 +63,19 @@ def test_deterministic_under_a_seed(sampler, learn_sigma):
     assert torch.equal(first, again) and first.shape == (3, 1, 8, 8)
     assert first.abs().max() <= 1 and first.isfinite().all()
     assert not torch.equal(first, sample(model, [3, 1, 4], seed=8, batch_size=2, **settings))
-    generator = torch.Generator().manual_seed(7)
-    assert torch.equal(first, sample(model, [3, 1, 4], generator=generator, batch_size=2, **settings))
-    assert model.training and not first.requires_grad
+    drawn = (sample(model, [3], generator=torch.Generator().manual_seed(7), **settings) for _ in range(2))
+    assert torch.equal(*drawn)
+    assert model.training and not first.requires_grad and not first.is_inference()
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_batches_change_nothing(sampler):
+    model, labels = perturbed(dit("DiT-tiny")).double(), torch.arange(7)
+    settings = {"sampler": sampler, "steps": 6, "seed": 3, "churn": Churn(3.0) if sampler == "edm" else None}
+    together, alone, threes = (sample(model, labels, batch_size=size, **settings) for size in (7, 1, 3))
+    torch.testing.assert_close(together, alone, atol=1e-6, rtol=0)
+    torch.testing.assert_close(together, threes, atol=1e-6, rtol=0)
+    assert (together[0] - together[1]).abs().max() > 0.1
 
 
 def test_a_trained_toy_denoises():
@@ -96,7 +106,15 @@ def test_progress_and_empty():
 
 def test_wrong_settings_are_named():
     model = dit("DiT-tiny")
-    for wrong in ({"sampler": "euler"}, {"steps": 0}, {"steps": 1001}, {"seed": 1, "generator": torch.Generator()}):
+    wrongs = [
+        {"sampler": "euler"},
+        {"steps": 0},
+        {"steps": 1001},
+        {"seed": 1, "generator": torch.Generator()},
+        {"seed": -1},
+        {"sampler": "ddim", "churn": Churn(1.0)},
+    ]
+    for wrong in wrongs:
         with pytest.raises(ConfigurationError, match="Fix:"):
             sample(model, [0], **wrong)
     with pytest.raises(LabelError):

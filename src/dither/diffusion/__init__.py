@@ -1,6 +1,7 @@
 """Class-conditional diffusion transformers: model, process, per-example loss, sampling."""
 
 from dither.diffusion.dit import DiT, dit
+from dither.diffusion.edm import Churn
 from dither.diffusion.flash import DiTModelWithFlashAttention
 from dither.diffusion.grid import image_grid, save_grid
 from dither.diffusion.loss import DiffusionLoss, Draws
@@ -19,6 +20,7 @@ from dither.diffusion.timesteps import TimestepDistribution
 __all__ = [
     "FLOW_SAMPLERS",
     "SAMPLERS",
+    "Churn",
     "DiT",
     "DiTModelWithFlashAttention",
     "DiffusionLoss",
