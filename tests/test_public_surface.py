@@ -66,7 +66,13 @@ OPTIONS = {
         recipe.label_dropout recipe.sampler recipe.sampler_steps recipe.guidance
         """,
     ),
-    "sample": (sample.sample_parser, "run config label count output npz guidance sampler steps weights seed"),
+    "sample": (
+        sample.sample_parser,
+        """
+        run config label count output folder npz overwrite guidance sampler steps s_churn s_noise weights seed
+        batch_size
+        """,
+    ),
     "budget": (
         budget.budget_parser,
         "config dataset_size batch_size delta epsilon noise_multiplier steps json",

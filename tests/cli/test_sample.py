@@ -6,9 +6,11 @@ import shutil
 
 import numpy
 import pytest
+import torch
 from PIL import Image
 
 from dither.cli.main import main
+from dither.data import read_images
 
 
 def test_grid_and_arrays(finished_run, tmp_path):
@@ -23,23 +25,59 @@ def test_grid_and_arrays(finished_run, tmp_path):
     assert abs(arrays["images"]).max() <= 1
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpm-solver++"])
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpm-solver++", "edm"])
 def test_every_sampler_and_the_seed(sampler, finished_run, tmp_path):
     drawn = []
     for name in "ab":
         npz = tmp_path / f"{name}.npz"
         words = ["--count=2", f"--sampler={sampler}", "--steps=4", "--seed=1", f"--npz={npz}"]
-        assert main(["sample", str(finished_run), *words, f"--output={tmp_path / 'grid.png'}"]) == 0
+        assert main(["sample", str(finished_run), *words]) == 0
         drawn.append(numpy.load(npz))
     assert drawn[0]["labels"].tolist() == [label for label in range(10) for _ in range(2)]
     assert (drawn[0]["images"] == drawn[1]["images"]).all()
+
+
+def test_churn_changes_the_images(finished_run, tmp_path):
+    drawn = []
+    for s_churn in (0, 3):
+        npz = tmp_path / f"{s_churn}.npz"
+        words = ["--label=3", "--count=2", "--sampler=edm", f"--s_churn={s_churn}", "--s_noise=1.01", "--seed=1"]
+        assert main(["sample", str(finished_run), *words, f"--npz={npz}"]) == 0
+        drawn.append(numpy.load(npz)["images"])
+    assert (drawn[0] != drawn[1]).any()
+
+
+def test_a_folder_is_a_data_set(finished_run, tmp_path):
+    folder, npz = tmp_path / "synthetic", tmp_path / "same.npz"
+    assert main(["sample", str(finished_run), "--count=3", "--batch_size=7", f"--folder={folder}", f"--npz={npz}"]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["same.npz", "synthetic"]
+    read, arrays = read_images(folder), read_images(npz, num_classes=10)
+    assert read.class_names == tuple("0123456789")
+    assert read.labels.tolist() == arrays.labels.tolist() == [label for label in range(10) for _ in range(3)]
+    torch.testing.assert_close(read.batch()[0], arrays.batch()[0], atol=1 / 255 + 1e-6, rtol=0)
+
+
+def test_nothing_is_replaced_unasked(failure, finished_run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["sample", str(finished_run), "--count=1"]
+    assert main(words) == 0
+    kept = (tmp_path / "samples.png").read_bytes()
+    assert "samples.png is there already" in failure(*words)
+    assert (tmp_path / "samples.png").read_bytes() == kept
+    assert main([*words, "--overwrite"]) == 0
+    assert (tmp_path / "samples.png").read_bytes() != kept
+    assert main([*words, "--folder=out"]) == 0
+    assert "out is not empty" in failure(*words, "--folder=out", "--overwrite")
+    (tmp_path / "x.npz").write_text("mine")
+    assert "x.npz is there already" in failure(*words, "--npz=x.npz")
+    assert (tmp_path / "x.npz").read_text() == "mine"
 
 
 def test_raw_weights_differ_from_ema(finished_run, tmp_path):
     images = {}
     for weights in ("ema", "raw"):
         npz = tmp_path / f"{weights}.npz"
-        words = ["--count=1", "--seed=1", f"--weights={weights}", f"--npz={npz}", f"--output={tmp_path / 'x.png'}"]
+        words = ["--count=1", "--seed=1", f"--weights={weights}", f"--npz={npz}"]
         assert main(["sample", str(finished_run), *words]) == 0
         images[weights] = numpy.load(npz)["images"]
     assert (images["ema"] != images["raw"]).any()
@@ -52,7 +90,12 @@ def test_raw_weights_differ_from_ema(finished_run, tmp_path):
         (["--label", "-1"], "label -1 is outside 0..9"),
         (["--label", "three"], "three"),
         (["--count", "0"], "count 0"),
-        (["--sampler", "euler"], "euler"),
+        (["--sampler", "unknown"], "unknown"),
+        (["--sampler", "euler"], "not for prediction"),
+        (["--sampler", "ddim", "--s_churn", "1"], "has no churn"),
+        (["--sampler", "edm", "--s_churn", "-1"], "s_churn -1"),
+        (["--batch_size", "0"], "batch_size 0"),
+        (["--folder", "/nowhere/x"], "/nowhere/x"),
         (["--steps", "0"], "steps 0"),
         (["--steps", "5000"], "steps 5000"),
         (["--output", "/nowhere/x.png"], "/nowhere/x.png"),

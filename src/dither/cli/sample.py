@@ -1,4 +1,4 @@
-"""`dither sample`: images of chosen classes from a trained run, as a labelled grid."""
+"""`dither sample`: images of chosen classes from a trained run, as a labelled grid, a folder of PNGs or arrays."""
 
 from __future__ import annotations
 
@@ -6,27 +6,35 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from jsonargparse import ActionConfigFile, ArgumentParser
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 from rich.console import Console
 
+from dither.cli.drawing import draw
+from dither.cli.outputs import check_new_file, check_new_folder
 from dither.cli.parsing import Formatter, parse
-from dither.cli.reading import read_run_recipe
-from dither.cli.results import load
-from dither.cli.run_folder import RunFolder, check_writable
+from dither.cli.run_folder import RunFolder
 from dither.errors import ConfigurationError, LabelError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from dither.diffusion.edm import Churn
 
 EXAMPLES = """
 examples:
   dither sample runs/digits-20250101-120000                        ten images of every class, in samples.png here
   dither sample runs/strict --label 3 --count 16 --guidance 2      sixteen threes, clearer and less varied
   dither sample runs/strict --label 1 7 --sampler dpm-solver++ --steps 20
+  dither sample runs/strict --sampler edm --s_churn 10 --s_noise 1.003
+  dither sample runs/strict --count 1000 --folder synthetic        a folder of PNGs for each class: a data set
   dither sample runs/strict --count 150 --npz generated.npz        arrays to train a classifier on
 
-Sampling is post-processing of weights that are private already: it spends nothing, however much you draw.
+Sampling is post-processing of weights that are private already: it spends nothing, however much you draw. Every class
+is drawn equally often, or as --label says: how often it occurs in the private data is private too.
 """
+
+GRID = Path("samples.png")
+GRID_PER_CLASS = 16
 
 
 def sample_parser() -> ArgumentParser:
@@ -43,8 +51,15 @@ def sample_parser() -> ArgumentParser:
     parser.add_argument("--config", action=ActionConfigFile, help="a YAML file of these options; words after it win")
     parser.add_argument("--label", type=int, nargs="+", default=None, help="the classes; by default every one")
     parser.add_argument("--count", type=int, default=10, help="images of each class")
-    parser.add_argument("--output", type=Path, default=Path("samples.png"), help="the grid, a PNG")
-    parser.add_argument("--npz", type=Path | None, default=None, help="also write arrays: images in [-1, 1], labels")
+    parser.add_argument(
+        "--output",
+        type=Path | None,
+        default=None,
+        help=f"a PNG with up to {GRID_PER_CLASS} of each class; by default {GRID}, unless --folder or --npz is given",
+    )
+    parser.add_argument("--folder", type=Path | None, default=None, help="write a PNG each, a subfolder for each class")
+    parser.add_argument("--npz", type=Path | None, default=None, help="write arrays: images in [-1, 1], labels")
+    parser.add_argument("--overwrite", action="store_true", help="replace files that are there already")
     parser.add_argument(
         "--guidance",
         type=float | None,
@@ -53,13 +68,16 @@ def sample_parser() -> ArgumentParser:
     )
     parser.add_argument(
         "--sampler",
-        type=Literal["ddim", "ddpm", "dpm-solver++", "euler"] | None,
+        type=Literal["ddim", "ddpm", "dpm-solver++", "edm", "euler"] | None,
         default=None,
         help="by default the run's",
     )
     parser.add_argument("--steps", type=int | None, default=None, help="denoising steps; by default the run's")
+    parser.add_argument("--s_churn", type=float | None, default=None, help="fresh noise of edm, in all; 0 is none")
+    parser.add_argument("--s_noise", type=float | None, default=None, help="deviation of edm's fresh noise; 1 is exact")
     parser.add_argument("--weights", type=Literal["ema", "raw"], default="ema", help="which weights to draw from")
     parser.add_argument("--seed", type=int | None, default=None, help="the same images again")
+    parser.add_argument("--batch_size", type=int, default=256, help="images denoised together; changes no image")
     return parser
 
 
@@ -67,39 +85,36 @@ def run(words: Sequence[str]) -> int:
     """Run `dither sample`; returns the exit code."""
     options = parse(sample_parser(), words)
     folder = RunFolder.open(options.run)
-    labels = _labels(options.label, options.count, folder.images.num_classes)
-    for file in filter(None, (options.output, options.npz)):
-        check_writable(file)
-    recipe = read_run_recipe(folder.config)
-    weights = folder.load_weights("ema" if options.weights == "ema" else "model")
-
-    from dither.diffusion.grid import save_grid
-    from dither.diffusion.recipe import build_model, build_process
-    from dither.diffusion.sampling import sample
-
-    images = folder.images
-    model = build_model(recipe, images.input_size, images.in_channels, images.num_classes)
-    load(model, weights)
-    drawn = sample(
-        model,
-        labels,
-        process=build_process(recipe),
-        sampler=options.sampler or recipe.sampler,
-        steps=recipe.sampler_steps if options.steps is None else options.steps,
-        guidance=recipe.guidance if options.guidance is None else options.guidance,
-        seed=options.seed,
-    )
-    save_grid(drawn, labels, options.output)
+    labels = balanced_labels(options.label, options.count, folder.images.num_classes)
+    grid = GRID if options.output is options.folder is options.npz is None else options.output
+    for file in filter(None, (grid, options.npz)):
+        check_new_file(file, options.overwrite)
+    if options.folder is not None:
+        check_new_folder(options.folder)
     console = Console()
-    console.print(f"{len(drawn)} images in {options.output}", highlight=False, soft_wrap=True)
-    if options.npz is not None:
-        _save_arrays(options.npz, drawn, labels)
-        console.print(f"arrays in {options.npz}", highlight=False, soft_wrap=True)
+    drawn = draw(
+        folder,
+        labels,
+        console,
+        weights=options.weights,
+        sampler=options.sampler,
+        steps=options.steps,
+        guidance=options.guidance,
+        churn=_churn(options),
+        seed=options.seed,
+        batch_size=options.batch_size,
+    )
+    _write(drawn, labels, grid, options, console)
     return 0
 
 
-def _labels(chosen: list[int] | None, count: int, num_classes: int) -> Tensor:
-    """Each chosen class `count` times."""
+def balanced_labels(chosen: list[int] | None, count: int, num_classes: int) -> Tensor:
+    """Each chosen class `count` times, (N,) int64; None is every class.
+
+    Raises:
+        ConfigurationError: a count below 1.
+        LabelError: a class outside the model's range.
+    """
     import torch
 
     if count < 1:
@@ -112,8 +127,28 @@ def _labels(chosen: list[int] | None, count: int, num_classes: int) -> Tensor:
     return torch.tensor(chosen if chosen is not None else range(num_classes)).repeat_interleave(count)
 
 
-def _save_arrays(path: Path, images: Tensor, labels: Tensor) -> None:
-    import numpy
+def _churn(options: Namespace) -> Churn | None:
+    from dither.diffusion.edm import Churn
 
-    with path.open("wb") as file:  # a file object keeps numpy from appending .npz to the name
-        numpy.savez_compressed(file, images=images.cpu().numpy(), labels=labels.cpu().numpy())
+    given = {name: options[name] for name in ("s_churn", "s_noise") if options[name] is not None}
+    return Churn(**given) if given else None
+
+
+def _write(images: Tensor, labels: Tensor, grid: Path | None, options: Namespace, console: Console) -> None:
+    """Write the files that were asked for, and say where they are."""
+    from dither.diffusion.export import save_arrays, save_folder
+    from dither.diffusion.grid import first_of_each, save_grid
+
+    said = []
+    if grid is not None:
+        shown = first_of_each(labels, GRID_PER_CLASS)
+        save_grid(images[shown], labels[shown], grid)
+        said.append(f"{len(shown)} images in {grid}")
+    if options.folder is not None:
+        said.append(f"{save_folder(images, labels, options.folder)} PNGs in {options.folder}")
+    if options.npz is not None:
+        with options.npz.open("wb") as file:  # a file object keeps numpy from appending .npz to the name
+            save_arrays(images, labels, file)
+        said.append(f"arrays in {options.npz}")
+    for line in said:
+        console.print(line, highlight=False, soft_wrap=True)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dither.diffusion.export import to_pixels
 from dither.errors import OutputPathError
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def image_grid(images: Tensor, labels: Tensor) -> Image:
     images = images if images.shape[1] == 3 else images[:, :1].expand(-1, 3, -1, -1)
     scale = max(1, _SHORTEST_SIDE // max(1, min(images.shape[-2:])))
     images = F.interpolate(images, scale_factor=scale, mode="nearest") if len(images) else images
-    pixels = ((images.nan_to_num(-1).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    pixels = to_pixels(images)
     height, width = pixels.shape[-2] + _GAP, pixels.shape[-1] + _GAP
     classes = sorted(set(labels.tolist()))
     longest = max((int((labels == label).sum()) for label in classes), default=0)
@@ -68,3 +69,9 @@ def save_grid(images: Tensor, labels: Tensor, path: str | os.PathLike[str]) -> P
             f"cannot write {target}: {error}", fix="choose a writable path that ends in .png"
         ) from error
     return target
+
+
+def first_of_each(labels: Tensor, count: int) -> Tensor:
+    """Where the first `count` images of each class stand in labels (N,): indices in ascending order."""
+    places = [torch.nonzero(labels == label).flatten()[:count] for label in labels.unique()]
+    return torch.cat(places).sort().values if places else labels.new_empty(0)

@@ -1,0 +1,90 @@
+"""Images from a run folder, with a bar that shows how far they are."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from dither.cli.reading import read_run_recipe
+from dither.cli.results import load
+from dither.cli.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dither.diffusion.edm import Churn
+
+
+def draw(
+    folder: RunFolder,
+    labels: Tensor,
+    console: Console,
+    *,
+    weights: str = "ema",
+    sampler: str | None = None,
+    steps: int | None = None,
+    guidance: float | None = None,
+    churn: Churn | None = None,
+    seed: int | None = None,
+    batch_size: int = 256,
+) -> Tensor:
+    """Draw one image per label (N,) from the run's model; what is None is the run's own setting.
+
+    Args:
+        folder: the run.
+        labels: chosen without looking at the private data.
+        console: where the bar is shown, if it is a terminal.
+        weights: "ema" or "raw".
+        sampler: one of `dither.diffusion.SAMPLERS`.
+        steps: denoising steps.
+        guidance: scale of classifier-free guidance.
+        churn: fresh noise of the sampler "edm".
+        seed: the same images again.
+        batch_size: images denoised together.
+
+    Returns:
+        Images (N, C, H, W).
+
+    Raises:
+        RunFolderError: the run is not complete, or damaged.
+        ConfigurationError: a setting that cannot work.
+    """
+    recipe = read_run_recipe(folder.config)
+    tensors = folder.load_weights("ema" if weights == "ema" else "model")
+
+    from dither.diffusion.recipe import build_model, build_process
+    from dither.diffusion.sampling import sample
+
+    images = folder.images
+    model = build_model(recipe, images.input_size, images.in_channels, images.num_classes)
+    load(model, tensors)
+    with _bar(console) as bar:
+        task = bar.add_task(f"drawing {len(labels)} images", total=None)
+        return sample(
+            model,
+            labels,
+            process=build_process(recipe),
+            sampler=sampler or recipe.sampler,
+            steps=recipe.sampler_steps if steps is None else steps,
+            guidance=recipe.guidance if guidance is None else guidance,
+            churn=churn,
+            seed=seed,
+            batch_size=batch_size,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+
+
+def _bar(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+        transient=True,
+    )
