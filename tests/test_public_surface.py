@@ -8,7 +8,7 @@ import pytest
 
 import dither
 import dither.opacus
-from dither.cli import bench, budget, certificate, options, report, sample, verify
+from dither.cli import bench, budget, certificate, export, options, report, sample, verify
 from dither.cli.main import COMMANDS
 
 NAMES = {
@@ -60,6 +60,7 @@ OPTIONS = {
         telemetry.wandb telemetry.mlflow telemetry.project telemetry.non_private telemetry.samples
         performance.strategy performance.microbatch_size performance.memory_budget performance.threads
         recipe.model recipe.hidden_size recipe.depth recipe.num_heads recipe.patch_size recipe.multiplicity
+        recipe.timestep_frequencies
         recipe.learning_rate recipe.lr_schedule recipe.ema_decay recipe.prediction recipe.weighting recipe.timesteps
         recipe.timestep_distribution recipe.timestep_mean recipe.timestep_std recipe.timestep_pieces
         recipe.sigma_data recipe.label_std recipe.beta_schedule
@@ -73,6 +74,7 @@ OPTIONS = {
         batch_size
         """,
     ),
+    "export": (export.export_parser, "run folder config to weights vae approximate"),
     "budget": (
         budget.budget_parser,
         "config dataset_size batch_size delta epsilon noise_multiplier steps json",

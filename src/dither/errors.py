@@ -68,6 +68,10 @@ class RunFolderError(DitherError):
     """A run folder is missing, corrupt, or was not written by dither."""
 
 
+class CheckpointError(DitherError):
+    """A model's file or folder is missing, damaged, or of an architecture that does not fit."""
+
+
 class OutputPathError(DitherError):
     """A path cannot be written."""
 

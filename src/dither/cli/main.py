@@ -14,6 +14,7 @@ from collections.abc import Sequence
 COMMANDS = {
     "train": "train a diffusion transformer privately; with no arguments, on digits, in about three minutes",
     "sample": "draw images of a class from a trained run",
+    "export": "a run's DiT for diffusers, or as facebookresearch/DiT writes it",
     "budget": "epsilon from noise, noise from epsilon, steps from both",
     "verify": "is every example's gradient exact and its own, for this model and batch?",
     "report": "a run on one HTML page: claim, ledger, curves, samples, warnings",

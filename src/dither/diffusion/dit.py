@@ -48,12 +48,12 @@ class Attention(nn.Module):
 class DiTBlock(nn.Module):
     """Attention and perceptron, each scaled, shifted and gated by the conditioning (adaLN-Zero)."""
 
-    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float) -> None:
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, norm2_eps: float = 1e-6) -> None:
         super().__init__()
         inner = int(hidden_size * mlp_ratio)
         self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.attn = Attention(hidden_size, num_heads)
-        self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=norm2_eps)
         self.mlp = nn.Sequential(
             OrderedDict(
                 fc1=nn.Linear(hidden_size, inner),
@@ -104,6 +104,8 @@ class DiT(nn.Module):
         position: "sincos" is a fixed table, "learned" a trainable one started there.
         label_std: standard deviation of the label table's start; 0.02 as published. About 1 makes a class
             weigh as much as the timestep from the first step on, which few noisy steps need.
+        frequency_shift: of the timestep's sinusoids: 0 as published, 1 as diffusers' DiT has it.
+        norm2_eps: epsilon of each block's second norm: 1e-6 as published, 1e-5 in diffusers' unless told.
 
     Raises:
         ConfigurationError: sizes that do not divide each other, or an unknown `position`.
@@ -123,6 +125,8 @@ class DiT(nn.Module):
         learn_sigma: bool = True,
         position: Position = "sincos",
         label_std: float = 0.02,
+        frequency_shift: int = 0,
+        norm2_eps: float = 1e-6,
     ) -> None:
         super().__init__()
         if position not in ("sincos", "learned"):
@@ -131,12 +135,12 @@ class DiT(nn.Module):
         self.num_classes, self.learn_sigma = num_classes, learn_sigma
         self.out_channels = in_channels * 2 if learn_sigma else in_channels
         self.x_embedder = PatchEmbedder(input_size, patch_size, in_channels, hidden_size)
-        self.t_embedder = TimestepEmbedder(hidden_size)
+        self.t_embedder = TimestepEmbedder(hidden_size, frequency_shift=frequency_shift)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
         table = position_sinusoids(hidden_size, self.x_embedder.grid_size)
         # A fixed table stays a Parameter, as published, so that optimizers skip it and state dicts hold it.
         self.pos_embed = nn.Parameter(table.to(self.x_embedder.proj.weight.device), requires_grad=position == "learned")
-        self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
+        self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads, mlp_ratio, norm2_eps) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
         _initialise(self, label_std)
 
@@ -186,10 +190,18 @@ _SIZES: dict[str, dict[str, int]] = {
 _PRESETS: dict[str, dict[str, Any]] = {
     f"DiT-{size}/{patch}": {**shape, "patch_size": patch} for size, shape in _SIZES.items() for patch in (2, 4, 8)
 }
+_PRESETS["DiT-digits"] = {
+    "input_size": 8, "in_channels": 1, "num_classes": 10, "patch_size": 8,
+    "hidden_size": 64, "depth": 2, "num_heads": 4, "learn_sigma": False,
+}  # fmt: skip
 _PRESETS["DiT-tiny"] = {
     "input_size": 8, "in_channels": 1, "num_classes": 10, "patch_size": 2,
     "hidden_size": 48, "depth": 2, "num_heads": 4, "learn_sigma": False,
 }  # fmt: skip
+
+
+HEADS = {shape["hidden_size"]: shape["num_heads"] for shape in _SIZES.values()}
+"""Attention heads of the published sizes, by width."""
 
 
 def dit(name: str, **overrides: Any) -> DiT:
@@ -197,7 +209,7 @@ def dit(name: str, **overrides: Any) -> DiT:
 
     Args:
         name: "DiT-XL/2", with S, B, L or XL and patch 2, 4 or 8 (32 x 32 x 4 latents, 1000 classes unless
-            overridden); or "DiT-tiny" (8 x 8 grey digits, 10 classes).
+            overridden); or, for 8 x 8 grey digits of 10 classes, "DiT-digits" (one token) and "DiT-tiny" (16 tokens).
         **overrides: any argument of `DiT`.
 
     Raises:

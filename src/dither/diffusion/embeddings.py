@@ -47,17 +47,22 @@ class TimestepEmbedder(nn.Module):
     """Embed a diffusion timestep: sinusoids of geometric frequencies, then a two-layer perceptron.
 
     Source: Peebles & Xie 2023, sec. 3.2 and appendix A (256 frequencies, SiLU).
+
+    Args:
+        hidden_size: width D of the embedding.
+        frequency_size: width of the sinusoids.
+        frequency_shift: as `timestep_sinusoids`.
     """
 
-    def __init__(self, hidden_size: int, frequency_size: int = 256) -> None:
+    def __init__(self, hidden_size: int, frequency_size: int = 256, frequency_shift: int = 0) -> None:
         super().__init__()
-        self.frequency_size = frequency_size
+        self.frequency_size, self.frequency_shift = frequency_size, frequency_shift
         self.mlp = nn.Sequential(nn.Linear(frequency_size, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
 
     def forward(self, t: Tensor) -> Tensor:
         """Map timesteps (B,) to embeddings (B, D)."""
         dtype = next(self.mlp.parameters()).dtype
-        embedding: Tensor = self.mlp(timestep_sinusoids(t, self.frequency_size).to(dtype))
+        embedding: Tensor = self.mlp(timestep_sinusoids(t, self.frequency_size, shift=self.frequency_shift).to(dtype))
         return embedding
 
 
@@ -115,10 +120,15 @@ class LabelEmbedder(nn.Module):
             )
 
 
-def timestep_sinusoids(t: Tensor, size: int, max_period: float = 10000.0) -> Tensor:
-    """Return cos and sin of t (B,) at size // 2 geometric frequencies: (B, size) float32."""
+def timestep_sinusoids(t: Tensor, size: int, max_period: float = 10000.0, shift: int = 0) -> Tensor:
+    """Return cos and sin of t (B,) at size // 2 geometric frequencies: (B, size) float32.
+
+    Frequency i of n is max_period ** (-i / (n - shift)): shift 0 in the published DiT, 1 in diffusers'.
+    """
     half = size // 2
-    frequencies = torch.exp(torch.arange(half, dtype=torch.float32, device=t.device) * (-math.log(max_period) / half))
+    # Multiplied first, as both do: at t = 999 the last bit of a frequency is 1e-4 of an angle.
+    exponents = -math.log(max_period) * torch.arange(half, dtype=torch.float32, device=t.device) / (half - shift)
+    frequencies = torch.exp(exponents)
     angles = t.float()[:, None] * frequencies[None]
     embedding = torch.cat([angles.cos(), angles.sin()], dim=1)
     return nn.functional.pad(embedding, (0, size - 2 * half))

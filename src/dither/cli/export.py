@@ -1,0 +1,148 @@
+"""`dither export`: a run's model in the layout of other programs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
+from rich.console import Console
+
+from dither.cli.outputs import check_new_folder
+from dither.cli.parsing import Formatter, parse
+from dither.cli.reading import read_run_recipe
+from dither.cli.results import load
+from dither.cli.run_folder import RunFolder
+from dither.errors import CheckpointError, ConfigurationError
+
+if TYPE_CHECKING:
+    from dither.diffusion.dit import DiT
+
+EXAMPLES = """
+examples:
+  dither export runs/strict --to diffusers exported      a folder for DiTPipeline.from_pretrained
+  dither export runs/latents --to diffusers exported --vae sd-vae-ft-mse
+  dither export runs/strict --to dit exported            exported/dit.pt, as facebookresearch/DiT writes it
+
+Exporting is post-processing of weights that are private already: it spends nothing. The certificate goes along.
+"""
+
+
+def export_parser() -> ArgumentParser:
+    """The parser of `dither export`."""
+    parser = ArgumentParser(
+        prog="dither export",
+        usage="dither export RUN --to diffusers|dit FOLDER [options]",
+        description="Write a run's DiT in the layout of diffusers or of facebookresearch/DiT.",
+        epilog=EXAMPLES,
+        formatter_class=Formatter,
+        exit_on_error=False,
+    )
+    parser.add_argument("run", type=Path, help="the folder that `dither train` wrote")
+    parser.add_argument("folder", type=Path, help="a new folder")
+    parser.add_argument("--config", action=ActionConfigFile, help="a YAML file of these options; words after it win")
+    parser.add_argument("--to", type=Literal["diffusers", "dit"], required=True, help="whose layout")
+    parser.add_argument("--weights", type=Literal["ema", "raw"], default="ema", help="which weights diffusers gets")
+    parser.add_argument("--vae", type=Path | None, default=None, help="folder of the AutoencoderKL of a run on latents")
+    parser.add_argument(
+        "--approximate",
+        action="store_true",
+        help="to diffusers also where its timestep frequencies are not the model's: outputs then differ, as is printed",
+    )
+    return parser
+
+
+def run(words: Sequence[str]) -> int:
+    """Run `dither export`; returns the exit code."""
+    options = parse(export_parser(), words)
+    run_folder = RunFolder.open(options.run)
+    check_new_folder(options.folder)
+    console = Console()
+    for line in (_to_diffusers if options.to == "diffusers" else _to_dit)(run_folder, options):
+        console.print(line, highlight=False, soft_wrap=True)
+    if run_folder.certificate.is_file():
+        (options.folder / "certificate.json").write_bytes(run_folder.certificate.read_bytes())
+    return 0
+
+
+def _to_dit(run_folder: RunFolder, options: Namespace) -> list[str]:
+    from dither.diffusion.checkpoints import save_dit
+
+    averaged, raw = _model(run_folder, "ema"), _model(run_folder, "model")
+    options.folder.mkdir(parents=True, exist_ok=True)
+    file = options.folder / "dit.pt"
+    save_dit(file, raw, averaged.state_dict())
+    return [f"{file}: 'ema' and 'model', timesteps embedded as {_frequencies(raw)} does"]
+
+
+def _to_diffusers(run_folder: RunFolder, options: Namespace) -> list[str]:
+    from dither.diffusion.diffusers_dit import to_diffusers
+    from dither.diffusion.pipelines import save_pipeline
+    from dither.diffusion.recipe import build_process
+
+    process = build_process(read_run_recipe(run_folder.config))
+    model = _model(run_folder, "ema" if options.weights == "ema" else "model")
+    theirs = to_diffusers(model, approximate=options.approximate)
+    save_pipeline(options.folder, theirs, process, _autoencoder(options.vae, model.in_channels))
+    said = [
+        f"{options.folder}: outputs differ from the run's model by {_difference(model, theirs):.1e} relative",
+        f"Open it:\n  DiTPipeline.from_pretrained('{options.folder}')",
+    ]
+    if options.vae is None or process.prediction == "edm":
+        said[-1] = f"Open it:\n  import dither.diffusion.pipelines\n  DiTPipeline.from_pretrained('{options.folder}')"
+    return said
+
+
+def _model(run_folder: RunFolder, weights: str) -> DiT:
+    from dither.diffusion.dit import DiT
+    from dither.diffusion.recipe import build_model
+
+    images = run_folder.images
+    model: Any = build_model(
+        read_run_recipe(run_folder.config), images.input_size, images.in_channels, images.num_classes
+    )
+    if not isinstance(model, DiT):
+        raise ConfigurationError(
+            f"the run's model is a {type(model).__name__}, not a DiT", fix="export runs of --model dit"
+        )
+    load(model, run_folder.load_weights(weights))
+    return model
+
+
+def _frequencies(model: DiT) -> str:
+    return "diffusers' DiT" if model.t_embedder.frequency_shift else "facebookresearch/DiT"
+
+
+def _autoencoder(folder: Path | None, channels: int) -> Any:
+    if folder is None:
+        return None
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+    try:
+        vae = AutoencoderKL.from_pretrained(str(folder), local_files_only=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{folder} holds no AutoencoderKL: {str(error).splitlines()[0]}",
+            fix="give the folder that encoded the data",
+        ) from error
+    if vae.config.latent_channels != channels:
+        raise ConfigurationError(
+            f"{folder} has {vae.config.latent_channels} latent channels, the run's model {channels}",
+            fix="give the autoencoder that encoded the run's data",
+        )
+    return vae
+
+
+def _difference(model: DiT, theirs: Any) -> float:
+    """Largest relative difference of the two models' outputs on random inputs at 64 timesteps."""
+    import torch
+
+    generator, count = torch.Generator().manual_seed(0), 64
+    x = torch.randn(count, model.in_channels, model.input_size, model.input_size, generator=generator)
+    t = torch.arange(count) * 1000 // count
+    y = torch.arange(count) % model.num_classes
+    with torch.no_grad():
+        ours = model.eval()(x, t, y)
+        difference = (theirs(x, t, y).sample - ours).abs().max()
+        return float(difference / ours.abs().max().clamp_min(1e-30))
