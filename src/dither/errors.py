@@ -76,10 +76,6 @@ class OutputPathError(DitherError):
     """A path cannot be written."""
 
 
-class MissingPackageError(DitherError):
-    """An optional package that was asked for is not installed."""
-
-
 class CertificateError(DitherError):
     """A certificate cannot be read."""
 

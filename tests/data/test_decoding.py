@@ -74,7 +74,7 @@ def test_bytes(tmp_path):
 def test_truncated_and_bombs(tmp_path, monkeypatch):
     ramp(0, (64, 64)).save(tmp_path / "a.jpg")
     whole = (tmp_path / "a.jpg").read_bytes()
-    with pytest.raises(UnreadableImageError, match="(?i)truncated"):
+    with pytest.raises(UnreadableImageError, match=r"(?i)truncated"):
         decode(whole[: len(whole) // 2])
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(UnreadableImageError, match="bomb"):
