@@ -54,7 +54,9 @@ OPTIONS = {
     "train": (
         options.train_parser,
         """
-        config output resume seed save_every
+        config output resume seed save_every model model.help
+        unet.kind unet.block_out_channels unet.layers_per_block unet.norm_num_groups unet.attention_head_dim
+        unet.attention
         privacy.epsilon privacy.delta privacy.noise_multiplier privacy.max_grad_norm privacy.expected_batch_size
         privacy.steps privacy.clipping
         telemetry.wandb telemetry.mlflow telemetry.project telemetry.non_private telemetry.samples
@@ -132,7 +134,7 @@ def test_commands():
 @pytest.mark.parametrize("command", OPTIONS)
 def test_options(command):
     parser, expected = OPTIONS[command]
-    groups = {"help", "print_config", "privacy", "performance", "recipe", "telemetry"}
+    groups = {"help", "print_config", "privacy", "performance", "recipe", "telemetry", "unet"}
     assert {action.dest for action in parser()._actions} - groups == set(expected.split())
 
 

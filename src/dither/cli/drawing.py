@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from dither.cli.reading import read_run_recipe
+from dither.cli.models import run_model
+from dither.cli.reading import read_run_options
 from dither.cli.results import load
 from dither.cli.run_folder import RunFolder
 
@@ -51,14 +52,14 @@ def draw(
         RunFolderError: the run is not complete, or damaged.
         ConfigurationError: a setting that cannot work.
     """
-    recipe = read_run_recipe(folder.config)
+    options = read_run_options(folder.config)
+    recipe = options.recipe
     tensors = folder.load_weights("ema" if weights == "ema" else "model")
 
-    from dither.diffusion.recipe import build_model, build_process
+    from dither.diffusion.recipe import build_process
     from dither.diffusion.sampling import sample
 
-    images = folder.images
-    model = build_model(recipe, images.input_size, images.in_channels, images.num_classes)
+    model = run_model(folder, options)
     load(model, tensors)
     with _bar(console) as bar:
         task = bar.add_task(f"drawing {len(labels)} images", total=None)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 from rich.console import Console
 
+from dither.cli.models import run_model
 from dither.cli.outputs import check_new_folder
 from dither.cli.parsing import Formatter, parse
 from dither.cli.reading import read_run_recipe
@@ -96,12 +97,8 @@ def _to_diffusers(run_folder: RunFolder, options: Namespace) -> list[str]:
 
 def _model(run_folder: RunFolder, weights: str) -> DiT:
     from dither.diffusion.dit import DiT
-    from dither.diffusion.recipe import build_model
 
-    images = run_folder.images
-    model: Any = build_model(
-        read_run_recipe(run_folder.config), images.input_size, images.in_channels, images.num_classes
-    )
+    model = run_model(run_folder)
     if not isinstance(model, DiT):
         raise ConfigurationError(
             f"the run's model is a {type(model).__name__}, not a DiT", fix="export runs of --model dit"

@@ -60,19 +60,20 @@ def from_run(path: Path, count: int) -> Subject:
     Raises:
         RunFolderError: no run folder, unfinished or damaged.
     """
-    from dither.cli.reading import read_run_recipe
+    from dither.cli.models import run_model
+    from dither.cli.reading import read_run_options
     from dither.cli.results import load
     from dither.cli.run_folder import RunFolder
     from dither.data import digits
-    from dither.diffusion.recipe import build_loss, build_model
+    from dither.diffusion.recipe import build_loss
 
     folder = RunFolder.open(path)
-    recipe, images = read_run_recipe(folder.config), folder.images
-    model = build_model(recipe, images.input_size, images.in_channels, images.num_classes)
+    options, images = read_run_options(folder.config), folder.images
+    model = run_model(folder, options)
     load(model, folder.load_weights("model"))
     data = digits()[0]
     chosen = torch.randperm(len(data))[: count or None]
-    return Subject(model, tuple(t[chosen] for t in data.tensors), build_loss(recipe, images.num_classes))
+    return Subject(model, tuple(t[chosen] for t in data.tensors), build_loss(options.recipe, images.num_classes))
 
 
 class DefaultLoss:

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from jsonargparse import ActionConfigFile, ArgumentParser
 
+from dither.cli.models import ModelChoice
 from dither.cli.parsing import Formatter
 from dither.diffusion.recipe import Recipe
 from dither.telemetry.writers import Telemetry
+from dither.diffusion.unet import UNet
 
 EXAMPLES = """
 examples:
@@ -23,6 +25,7 @@ examples:
   dither train --noise_multiplier 2.0                   noise given, epsilon reported
   dither train --config runs/strict/config.yaml         the same options again; add --output to name the new run
   dither train --resume runs/strict                     go on where Ctrl-C or a crash ended it
+  dither train --model diffusers_unet                   a U-Net of diffusers; or mymodels.Net, a class of yours
   dither train --performance.strategy ghost             another way to the same sums; the claim stays
 
 --epsilon, --delta, --steps, --noise_multiplier, --max_grad_norm, --threads and --strategy are short for the
@@ -87,6 +90,9 @@ class Options:
     performance: Performance
     recipe: Recipe
     telemetry: Telemetry
+    model: Any
+    """A name, or jsonargparse's Namespace of class_path and init_args."""
+    unet: UNet
     output: Path | None
     resume: Path | None
     seed: int | None
@@ -118,6 +124,14 @@ def train_parser() -> ArgumentParser:
         help="fixes all randomness, for tests: the certificate then says NOT PRIVATE",
     )
     parser.add_argument("--save_every", type=float, default=30.0, help="seconds between saves of the resumable state")
+    parser.add_argument(
+        "--model",
+        type=ModelChoice,
+        default="dit",
+        help="dit, sized by --recipe; diffusers_unet, sized by --unet; or the path of a class with forward(x, t, y), "
+        "arguments as --model.init_args.NAME",
+    )
+    parser.add_class_arguments(UNet, "unet")
     parser.add_class_arguments(Privacy, "privacy")
     parser.add_class_arguments(Performance, "performance")
     parser.add_class_arguments(Telemetry, "telemetry")

@@ -34,6 +34,9 @@ def parse(parser: ArgumentParser, words: Sequence[str], **settings: Any) -> Name
 def _plain(message: str) -> str:
     """Say an error of jsonargparse in the words of a user: the option, the value, what it may be."""
     message = " ".join(message.split())
+    problem = re.search(r"Problem with given class_path '(.*?)': (.*?)(?: Given value type: |$)", message)
+    if problem:
+        return f"{problem[1]} cannot be used: {problem[2]}"
     found = re.search(r'^Parser key "([\w.]+)".*(?:Given|Got) value: (.*)$', message)
     if not found:
         return re.sub(r'^Parser key "([\w.]+)":', r"--\1:", message)

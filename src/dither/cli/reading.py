@@ -9,6 +9,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
+from dither.cli.models import find_users_modules
 from dither.cli.options import SHORT, Options, Performance, train_parser
 from dither.cli.parsing import parse
 from dither.cli.run_folder import RunFolder
@@ -28,11 +29,24 @@ def read_options(words: Sequence[str]) -> Options:
         RunFolderError: --resume names a run whose config.yaml is missing or damaged.
     """
     words = [expand(word) for word in words]
+    find_users_modules()
     parser = train_parser()
     given = parse(parser, words, defaults=False)
     if given.get("resume") is None:
         return _options(parser, parse(parser, words), given)
     return _resumed_options(parser, words, given)
+
+
+def read_run_options(config: Path) -> Options:
+    """The options in a run's config.yaml.
+
+    Raises:
+        RunFolderError: missing or damaged.
+    """
+    find_users_modules()
+    parser = train_parser()
+    parsed = _parse_run_config(parser, config, [])
+    return _options(parser, parsed, Namespace())
 
 
 def read_run_recipe(config: Path) -> Recipe:
@@ -41,9 +55,7 @@ def read_run_recipe(config: Path) -> Recipe:
     Raises:
         RunFolderError: missing or damaged.
     """
-    parser = train_parser()
-    parsed = _parse_run_config(parser, config, [])
-    return _options(parser, parsed, Namespace()).recipe
+    return read_run_options(config).recipe
 
 
 def expand(word: str) -> str:
@@ -81,6 +93,9 @@ def _options(parser: ArgumentParser, parsed: Namespace, given: Namespace) -> Opt
                 "both epsilon and noise_multiplier are given", fix="give one; the other follows from it"
             )
         parsed.privacy.epsilon = None
+    kept = parsed.clone()
+    kept.output = kept.resume = None
+    model = parsed.pop("model")  # built later, after the seed
     made = parser.instantiate(parsed)
     privacy = made.privacy
     recipe = replace(
@@ -92,13 +107,13 @@ def _options(parser: ArgumentParser, parsed: Namespace, given: Namespace) -> Opt
     _check(recipe, made.performance, made.save_every)
     if made.telemetry.samples < 0:
         raise ConfigurationError(f"--telemetry.samples {made.telemetry.samples} is below 0", fix="0 draws none")
-    kept = parsed.clone()
-    kept.output = kept.resume = None
     return Options(
         privacy=privacy,
         performance=made.performance,
         recipe=recipe,
         telemetry=made.telemetry,
+        model=model,
+        unet=made.unet,
         output=made.output,
         resume=made.resume,
         seed=made.seed,

@@ -13,6 +13,7 @@ import yaml
 from rich.console import Console
 
 from dither.cli.interrupts import StopRequest
+from dither.cli.models import build, run_model
 from dither.cli.options import Options
 from dither.cli.progress import TrainingProgress
 from dither.cli.reading import read_options
@@ -78,14 +79,14 @@ def _start(options: Options) -> Run:
     import torch
 
     from dither.data import digits
-    from dither.diffusion.recipe import build_loss, build_model, build_optimizer
+    from dither.diffusion.recipe import build_loss, build_optimizer
     from dither.training import PrivateTraining
 
     folder = RunFolder.create(options.output or _default_output(), DIGITS)
     try:
         if options.seed is not None:
             torch.manual_seed(options.seed)
-        model = build_model(options.recipe, DIGITS.input_size, DIGITS.in_channels, DIGITS.num_classes)
+        model = build(options, DIGITS)
         optimizer, scheduler = build_optimizer(options.recipe, model)
         privacy, performance = options.privacy, options.performance
         training = PrivateTraining(
@@ -117,7 +118,7 @@ def _start(options: Options) -> Run:
 
 def _resume(options: Options) -> Run:
     from dither.data import digits
-    from dither.diffusion.recipe import build_loss, build_model, build_optimizer
+    from dither.diffusion.recipe import build_loss, build_optimizer
     from dither.training import PrivateTraining
 
     assert options.resume is not None
@@ -125,7 +126,7 @@ def _resume(options: Options) -> Run:
     if not folder.state.exists():
         raise RunFolderError(f"{folder.path} was stopped before its state was saved", fix="start again: dither train")
     images = folder.images
-    model = build_model(options.recipe, images.input_size, images.in_channels, images.num_classes)
+    model = run_model(folder, options)
     optimizer, scheduler = build_optimizer(options.recipe, model)
     loss = build_loss(options.recipe, images.num_classes)
     training = PrivateTraining.resume(folder.state, model, optimizer, digits()[0], loss, scheduler=scheduler)

@@ -1,0 +1,70 @@
+"""Anybody's denoiser, forward(x, t, y), under the signature that the loss and the samplers call."""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+from torch import Tensor, nn
+
+from dither.errors import ConfigurationError, DitherError
+
+
+class LabelledModel(nn.Module):
+    """A model of the user's with forward(x, t, y), which takes label `num_classes` as "no label".
+
+    A forward that has an argument `drop_label`, as `DiT`'s, gets it and does that itself.
+
+    Args:
+        net: predicts (B, C, H, W) from x (B, C, H, W), t (B,) and y (B,).
+        input_size: image side.
+        in_channels: image channels C.
+        num_classes: labels run from 0 to `num_classes - 1`.
+        hides_labels: whether "no label" occurs: with label dropout.
+
+    Raises:
+        ConfigurationError: on a public batch of zeros, the model fails or returns another shape.
+    """
+
+    def __init__(self, net: nn.Module, input_size: int, in_channels: int, num_classes: int, hides_labels: bool) -> None:
+        super().__init__()
+        self.net = net
+        self.input_size, self.in_channels, self.num_classes = input_size, in_channels, num_classes
+        self.hides_labels = hides_labels
+        self._drops_itself = "drop_label" in inspect.signature(net.forward).parameters
+        self._try()
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor, drop_label: Tensor | None = None) -> Tensor:
+        """Predict (B, C, H, W); the label is hidden where `drop_label` (B,) is true."""
+        if self._drops_itself:
+            out: Tensor = self.net(x, t, y, drop_label=drop_label)
+            return out
+        if drop_label is not None:
+            if not self.hides_labels and not self.training and bool(drop_label.any()):
+                raise ConfigurationError(
+                    "the model was trained without label dropout and has no 'no label'", fix="use guidance 1"
+                )
+            y = torch.where(drop_label, self.num_classes, y)
+        out = self.net(x, t, y)
+        return out
+
+    @torch.no_grad()
+    def _try(self) -> None:
+        name, training = type(self.net).__name__, self.training
+        x = torch.zeros(2, self.in_channels, self.input_size, self.input_size)
+        t, y = torch.zeros(2, dtype=torch.int64), torch.full((2,), self.num_classes - 1)
+        hidden = torch.tensor([False, self.hides_labels])
+        label = f", where label {self.num_classes} means 'no label'" if self.hides_labels else ""
+        fix = f"forward(x, t, y) predicts {tuple(x.shape)} from x {tuple(x.shape)}, t (2,), y (2,){label}"
+        try:
+            with torch.random.fork_rng(devices=[]):
+                out = self.eval()(x, t, y, drop_label=hidden)
+        except DitherError:
+            raise
+        except Exception as error:  # the user's code may raise anything
+            raise ConfigurationError(f"{name} fails: {type(error).__name__}: {error}", fix=fix) from error
+        finally:
+            self.train(training)
+        if not isinstance(out, Tensor) or out.shape != x.shape:
+            got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+            raise ConfigurationError(f"{name} returns {got}", fix=fix)

@@ -1,0 +1,113 @@
+"""--model: U-Nets of diffusers and classes of the user, trained, sampled, verified, refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dither.cli.main import main
+from dither.cli.reading import read_run_options
+from dither.cli.run_folder import RunFolder
+from shortened import TINY
+
+QUICK = [*TINY, "--steps=2", "--noise_multiplier=5"]
+USER = Path(__file__).with_name("users_models.py")
+
+
+def certificate(run):
+    return json.loads((run / "certificate.json").read_text())
+
+
+@pytest.mark.parametrize("kind", ["UNet2DModel", "UNet2DConditionModel"])
+def test_unet_of_diffusers(kind, tmp_path):
+    output = tmp_path / "run"
+    sizes = ["--unet.block_out_channels=[8,16]", "--unet.norm_num_groups=4"]
+    words = [*QUICK, "--model=diffusers_unet", f"--unet.kind={kind}", *sizes]
+    assert main(["train", *words, f"--output={output}"]) == 0
+    assert certificate(output)["verification"]["exact"] is True
+    names = RunFolder.open(output).load_weights("ema")
+    assert ("class_tokens.weight" in names) == (kind == "UNet2DConditionModel")
+    grid = tmp_path / "grid.png"
+    assert main(["sample", str(output), "--count=1", "--steps=2", "--guidance=2", f"--output={grid}"]) == 0
+    assert grid.exists()
+
+
+def test_class_of_the_user_in_a_yaml(tmp_path):
+    """A real process, in the folder where the class lies, and another when it is gone."""
+    (tmp_path / "users_models.py").write_bytes(USER.read_bytes())
+    (tmp_path / "net.yaml").write_text(
+        "model:\n  class_path: users_models.Net\n  init_args:\n    width: 6\n"
+        "recipe:\n  multiplicity: 2\n  sampler_steps: 3\n"
+        "privacy:\n  steps: 2\n  expected_batch_size: 40\n"
+        "performance:\n  microbatch_size: 40\n  threads: 1\n"
+    )
+
+    def dither(*words):
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "dither", *words]
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+
+    trained = dither("train", "--config", "net.yaml", "--output", "run")
+    assert trained.returncode == 0, trained.stderr
+    assert certificate(tmp_path / "run")["verification"]["exact"] is True
+    assert RunFolder.open(tmp_path / "run").load_weights("ema")["net.first.weight"].shape == (6, 1, 3, 3)
+    (tmp_path / "users_models.py").unlink()
+    lost = dither("sample", "run", "--overwrite")
+    assert lost.returncode == 2
+    assert "users_models" in lost.stderr and "Traceback" not in lost.stderr
+
+
+@pytest.fixture
+def users_models(monkeypatch):
+    monkeypatch.syspath_prepend(str(USER.parent))
+    return "users_models"
+
+
+def test_arguments_as_words_and_in_the_config(users_models, tmp_path):
+    output = tmp_path / "run"
+    words = [*QUICK, f"--model={users_models}.Net", "--model.init_args.width=5", f"--output={output}"]
+    assert main(["train", *words]) == 0
+    options = read_run_options(output / "config.yaml")
+    assert (options.model.class_path, options.model.init_args.width) == ("users_models.Net", 5)
+    assert main(["verify", str(output), "--examples=2"]) == 0
+    assert main(["train", f"--resume={output}"]) == 0
+    assert main(["sample", str(output), "--count=1", "--guidance=2", f"--output={tmp_path / 'grid.png'}"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--model=users_models.Mixing"], "example"),
+        (["--model=users_models.Net", "--model.init_args.norm=true"], "batch normalisation"),
+        (["--model=users_models.Net", "--model.init_args.classes=10"], "label 10 means 'no label'"),
+        (["--model=users_models.Net", "--model.init_args.width=-1"], "cannot be built"),
+        (["--model=users_models.Net", "--model.init_args.depth=2"], "depth"),
+        (["--model=users_models.Classifier"], "returns (2,)"),
+        (["--model=users_models.Missing"], "no attribute 'Missing'"),
+        (["--model=no_such_module.Net"], "no_such_module"),
+        (["--model=vit"], "vit"),
+        (["--model=diffusers_unet", "--unet.block_out_channels=[8,8,8,8,8]"], "fewer"),
+        (["--model=diffusers_unet", "--unet.norm_num_groups=3"], "UNet2DModel"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_cannot_be_trained_is_named(words, named, users_models, failure, tmp_path):
+    assert named in failure("train", *QUICK, f"--output={tmp_path / 'run'}", *words)
+
+
+def test_without_label_dropout_no_row_is_needed(users_models, failure, tmp_path):
+    output = tmp_path / "run"
+    words = [f"--model={users_models}.Net", "--model.init_args.classes=10", "--recipe.label_dropout=0"]
+    assert main(["train", *QUICK, *words, f"--output={output}"]) == 0
+    assert "guidance" in failure("sample", output, "--guidance=2", f"--output={tmp_path / 'grid.png'}")
+
+
+def test_only_a_dit_is_exported(users_models, failure, tmp_path):
+    output = tmp_path / "run"
+    assert main(["train", *QUICK, f"--model={users_models}.Net", f"--output={output}"]) == 0
+    assert "not a DiT" in failure("export", output, tmp_path / "out", "--to=dit")
