@@ -14,8 +14,8 @@ from jsonargparse import ActionConfigFile, ArgumentParser
 from dither.cli.models import ModelChoice
 from dither.cli.parsing import Formatter
 from dither.diffusion.recipe import Recipe
-from dither.telemetry.writers import Telemetry
 from dither.diffusion.unet import UNet
+from dither.telemetry.writers import Telemetry
 
 EXAMPLES = """
 examples:
