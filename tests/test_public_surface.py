@@ -8,7 +8,7 @@ import pytest
 
 import dither
 import dither.opacus
-from dither.cli import bench, budget, certificate, export, options, report, sample, verify
+from dither.cli import bench, budget, certificate, encode, export, options, report, sample, verify
 from dither.cli.main import COMMANDS
 
 NAMES = {
@@ -57,6 +57,8 @@ OPTIONS = {
         config output resume seed save_every model model.help
         unet.kind unet.block_out_channels unet.layers_per_block unet.norm_num_groups unet.attention_head_dim
         unet.attention
+        data.path data.image_size data.channels data.resize data.crop data.class_names data.num_classes
+        data.skip_broken data.image_column data.label_column
         privacy.epsilon privacy.delta privacy.noise_multiplier privacy.max_grad_norm privacy.expected_batch_size
         privacy.steps privacy.clipping
         telemetry.wandb telemetry.mlflow telemetry.project telemetry.non_private telemetry.samples
@@ -67,6 +69,14 @@ OPTIONS = {
         recipe.timestep_distribution recipe.timestep_mean recipe.timestep_std recipe.timestep_pieces
         recipe.sigma_data recipe.label_std recipe.beta_schedule
         recipe.label_dropout recipe.sampler recipe.sampler_steps recipe.guidance
+        """,
+    ),
+    "encode": (
+        encode.encode_parser,
+        """
+        config split vae output posterior dtype batch_size
+        data.path data.image_size data.channels data.resize data.crop data.class_names data.num_classes
+        data.skip_broken data.image_column data.label_column
         """,
     ),
     "sample": (
@@ -134,7 +144,7 @@ def test_commands():
 @pytest.mark.parametrize("command", OPTIONS)
 def test_options(command):
     parser, expected = OPTIONS[command]
-    groups = {"help", "print_config", "privacy", "performance", "recipe", "telemetry", "unet"}
+    groups = {"help", "print_config", "data", "privacy", "performance", "recipe", "telemetry", "unet"}
     assert {action.dest for action in parser()._actions} - groups == set(expected.split())
 
 

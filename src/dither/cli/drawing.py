@@ -72,6 +72,7 @@ def draw(
             guidance=recipe.guidance if guidance is None else guidance,
             churn=churn,
             seed=seed,
+            clip=folder.images.latents is None,
             batch_size=batch_size,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )

@@ -12,7 +12,7 @@ from rich.console import Console
 from dither.cli.models import run_model
 from dither.cli.outputs import check_new_folder
 from dither.cli.parsing import Formatter, parse
-from dither.cli.reading import read_run_recipe
+from dither.cli.reading import read_run_options
 from dither.cli.results import load
 from dither.cli.run_folder import RunFolder
 from dither.errors import CheckpointError, ConfigurationError
@@ -82,7 +82,7 @@ def _to_diffusers(run_folder: RunFolder, options: Namespace) -> list[str]:
     from dither.diffusion.pipelines import save_pipeline
     from dither.diffusion.recipe import build_process
 
-    process = build_process(read_run_recipe(run_folder.config))
+    process = build_process(read_run_options(run_folder.config).recipe)
     model = _model(run_folder, "ema" if options.weights == "ema" else "model")
     theirs = to_diffusers(model, approximate=options.approximate)
     save_pipeline(options.folder, theirs, process, _autoencoder(options.vae, model.in_channels))

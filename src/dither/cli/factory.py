@@ -60,20 +60,20 @@ def from_run(path: Path, count: int) -> Subject:
     Raises:
         RunFolderError: no run folder, unfinished or damaged.
     """
+    from dither.cli.data import read_data
     from dither.cli.models import run_model
     from dither.cli.reading import read_run_options
     from dither.cli.results import load
     from dither.cli.run_folder import RunFolder
-    from dither.data import digits
     from dither.diffusion.recipe import build_loss
 
     folder = RunFolder.open(path)
     options, images = read_run_options(folder.config), folder.images
     model = run_model(folder, options)
     load(model, folder.load_weights("model"))
-    data = digits()[0]
-    chosen = torch.randperm(len(data))[: count or None]
-    return Subject(model, tuple(t[chosen] for t in data.tensors), build_loss(options.recipe, images.num_classes))
+    data = read_data(options.data)
+    chosen = data.batch(torch.randperm(len(data))[: count or None])
+    return Subject(model, chosen, build_loss(options.recipe, images.num_classes))
 
 
 class DefaultLoss:

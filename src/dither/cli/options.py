@@ -13,6 +13,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser
 
 from dither.cli.models import ModelChoice
 from dither.cli.parsing import Formatter
+from dither.data.preparation import Preparation, Resize
 from dither.diffusion.recipe import Recipe
 from dither.diffusion.unet import UNet
 from dither.telemetry.writers import Telemetry
@@ -21,6 +22,8 @@ EXAMPLES = """
 examples:
   dither train                                          digits, epsilon 10, about three minutes on two cores
   dither train --epsilon 3 --output runs/strict         less spent, blurrier digits
+  dither train --data.path photos --data.image_size 32  a folder of images, one subfolder per class
+  dither train --data.path /usr/share/datasets/fashion-mnist
   dither train --steps 20                               a quick look that everything works
   dither train --noise_multiplier 2.0                   noise given, epsilon reported
   dither train --config runs/strict/config.yaml         the same options again; add --output to name the new run
@@ -66,6 +69,36 @@ class Privacy:
 
 
 @dataclass(frozen=True)
+class Data:
+    """What is trained on. Each image is prepared by itself and by these public choices; docs/data.md says more.
+
+    Args:
+        path: a folder with one subfolder per class, a folder with IDX files, an .npz, latents of `dither encode`
+            (.safetensors), a Hugging Face dataset (saved folder, or hf:NAME); by default the embedded digits.
+        image_size: side in pixels; by default the images' own, which must be one size and square.
+        channels: 1 (grey) or 3 (RGB); by default the images' own.
+        resize: interpolation; none only cuts.
+        crop: cut the centred square before resizing; false stretches what is not square.
+        class_names: the label set, in the labels' order; by default what folders or files say.
+        num_classes: size of the label set where nothing names the classes.
+        skip_broken: leave images out that cannot be read, instead of refusing to begin.
+        image_column: of a Hugging Face dataset; by default the only one with images.
+        label_column: of a Hugging Face dataset; by default the only one with classes.
+    """
+
+    path: str | None = None
+    image_size: int | None = None
+    channels: Literal[1, 3] | None = None
+    resize: Resize = Preparation.resize
+    crop: bool = Preparation.crop
+    class_names: list[str] | None = None
+    num_classes: int | None = None
+    skip_broken: bool = False
+    image_column: str | None = None
+    label_column: str | None = None
+
+
+@dataclass(frozen=True)
 class Performance:
     """How fast and with how much memory the same sums are formed. Nothing here changes the claim.
 
@@ -86,6 +119,7 @@ class Performance:
 class Options:
     """Everything `dither train` was told."""
 
+    data: Data
     privacy: Privacy
     performance: Performance
     recipe: Recipe
@@ -114,7 +148,7 @@ def train_parser() -> ArgumentParser:
     )
     parser.add_argument("--config", action=ActionConfigFile, help="a YAML file of these options; words after it win")
     parser.add_argument(
-        "--output", type=Path | None, default=None, help="the new run folder; by default runs/digits-<time>"
+        "--output", type=Path | None, default=None, help="the new run folder; by default runs/<data>-<time>"
     )
     parser.add_argument("--resume", type=Path | None, default=None, help="a run folder to continue")
     parser.add_argument(
@@ -132,6 +166,7 @@ def train_parser() -> ArgumentParser:
         "arguments as --model.init_args.NAME",
     )
     parser.add_class_arguments(UNet, "unet")
+    parser.add_class_arguments(Data, "data")
     parser.add_class_arguments(Privacy, "privacy")
     parser.add_class_arguments(Performance, "performance")
     parser.add_class_arguments(Telemetry, "telemetry")

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 from dither.cli.models import find_users_modules
@@ -49,13 +50,11 @@ def read_run_options(config: Path) -> Options:
     return _options(parser, parsed, Namespace())
 
 
-def read_run_recipe(config: Path) -> Recipe:
-    """The recipe in a run's config.yaml.
-
-    Raises:
-        RunFolderError: missing or damaged.
-    """
-    return read_run_options(config).recipe
+def with_recipe(options: Options, recipe: Recipe) -> Options:
+    """The options with another recipe, in the text for config.yaml too."""
+    content = yaml.safe_load(options.text)
+    content["recipe"] |= {name: getattr(recipe, name) for name in content["recipe"]}
+    return replace(options, recipe=recipe, text=yaml.safe_dump(content, sort_keys=False))
 
 
 def expand(word: str) -> str:
@@ -87,6 +86,8 @@ def _parse_run_config(parser: ArgumentParser, config: Path, words: Sequence[str]
 
 def _options(parser: ArgumentParser, parsed: Namespace, given: Namespace) -> Options:
     parsed.pop("config", None)
+    if parsed.data.path is not None and Path(parsed.data.path).exists():
+        parsed.data.path = str(Path(parsed.data.path).resolve())  # a resume may run elsewhere
     if parsed.privacy.noise_multiplier is not None:
         if given.get("privacy.epsilon") is not None:
             raise ConfigurationError(
@@ -108,6 +109,7 @@ def _options(parser: ArgumentParser, parsed: Namespace, given: Namespace) -> Opt
     if made.telemetry.samples < 0:
         raise ConfigurationError(f"--telemetry.samples {made.telemetry.samples} is below 0", fix="0 draws none")
     return Options(
+        data=made.data,
         privacy=privacy,
         performance=made.performance,
         recipe=recipe,

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dither.cli.data import pictures
 from dither.cli.run_folder import Images, RunFolder
 from dither.errors import RunFolderError
 
@@ -71,11 +72,12 @@ def write_samples(
             steps=recipe.sampler_steps,
             guidance=recipe.guidance,
             seed=seed,
+            clip=images.latents is None,
         )
     finally:
         load(model, raw)
     file.parent.mkdir(exist_ok=True)
-    save_grid(drawn, labels, file)
+    save_grid(pictures(drawn, images), labels, file)
 
 
 def load(model: nn.Module, weights: Mapping[str, Tensor]) -> None:

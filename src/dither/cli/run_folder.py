@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dither.errors import OutputPathError, RunFolderError
+from dither.errors import LabelError, OutputPathError, RunFolderError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,12 +37,39 @@ class Images:
         input_size: side in pixels.
         in_channels: colour channels.
         num_classes: labels run from 0 to `num_classes - 1`.
+        class_names: one for each label; empty if they have none but their numbers.
+        latents: where latents come from, as `dither.data.Latents` has it; None for images.
     """
 
     dataset: str
     input_size: int
     in_channels: int
     num_classes: int
+    class_names: tuple[str, ...] = ()
+    latents: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "class_names", tuple(self.class_names))  # JSON has lists
+
+    def label(self, word: str) -> int:
+        """The label that a word names: a class's name, else its number.
+
+        Raises:
+            LabelError: neither.
+        """
+        if word in self.class_names:
+            return self.class_names.index(word)
+        try:
+            number = int(word)
+        except ValueError:
+            raise LabelError(
+                f"there is no class {word!r}", fix=f"the run's classes: {', '.join(self.class_names) or 'numbers only'}"
+            ) from None
+        if not 0 <= number < self.num_classes:
+            raise LabelError(
+                f"label {number} is outside 0..{self.num_classes - 1}", fix="choose a class that the run was trained on"
+            )
+        return number
 
 
 @dataclass(frozen=True)
@@ -88,13 +115,7 @@ class RunFolder:
         Raises:
             OutputPathError: the path holds something already or cannot be written.
         """
-        if path.exists() and not path.is_dir():
-            raise OutputPathError(f"{path} is a file, not a folder", fix="give --output another path")
-        if path.is_dir() and any(path.iterdir()):
-            raise OutputPathError(
-                f"{path} is not empty, and dither overwrites no run",
-                fix=f"give --output another path, or continue that run: dither train --resume {path}",
-            )
+        check_unused(path)
         try:
             path.mkdir(parents=True, exist_ok=True)
             text = json.dumps({"format": FORMAT, "images": asdict(images)}, indent=2)
@@ -172,6 +193,21 @@ class RunFolder:
     def save_certificate(self, certificate: Mapping[str, Any]) -> None:
         """Write certificate.json."""
         self.certificate.write_text(json.dumps(certificate, indent=2) + "\n")
+
+
+def check_unused(path: Path) -> None:
+    """Refuse, before any work, a run folder that holds something already.
+
+    Raises:
+        OutputPathError: it does, or is a file.
+    """
+    if path.exists() and not path.is_dir():
+        raise OutputPathError(f"{path} is a file, not a folder", fix="give --output another path")
+    if path.is_dir() and any(path.iterdir()):
+        raise OutputPathError(
+            f"{path} is not empty, and dither overwrites no run",
+            fix=f"give --output another path, or continue that run: dither train --resume {path}",
+        )
 
 
 def check_writable(file: Path) -> None:

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Literal
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 from rich.console import Console
 
+from dither.cli.data import pictures
 from dither.cli.drawing import draw
 from dither.cli.outputs import check_new_file, check_new_folder
 from dither.cli.parsing import Formatter, parse
-from dither.cli.run_folder import RunFolder
-from dither.errors import ConfigurationError, LabelError
+from dither.cli.run_folder import Images, RunFolder
+from dither.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,6 +25,7 @@ EXAMPLES = """
 examples:
   dither sample runs/digits-20250101-120000                        ten images of every class, in samples.png here
   dither sample runs/strict --label 3 --count 16 --guidance 2      sixteen threes, clearer and less varied
+  dither sample runs/fashion --label sneaker bag                   classes by their names
   dither sample runs/strict --label 1 7 --sampler dpm-solver++ --steps 20
   dither sample runs/strict --sampler edm --s_churn 10 --s_noise 1.003
   dither sample runs/strict --count 1000 --folder synthetic        a folder of PNGs for each class: a data set
@@ -49,7 +51,9 @@ def sample_parser() -> ArgumentParser:
     )
     parser.add_argument("run", type=Path, help="the folder that `dither train` wrote")
     parser.add_argument("--config", action=ActionConfigFile, help="a YAML file of these options; words after it win")
-    parser.add_argument("--label", type=int, nargs="+", default=None, help="the classes; by default every one")
+    parser.add_argument(
+        "--label", type=str, nargs="+", default=None, help="the classes, by name or number; by default every one"
+    )
     parser.add_argument("--count", type=int, default=10, help="images of each class")
     parser.add_argument(
         "--output",
@@ -85,7 +89,7 @@ def run(words: Sequence[str]) -> int:
     """Run `dither sample`; returns the exit code."""
     options = parse(sample_parser(), words)
     folder = RunFolder.open(options.run)
-    labels = balanced_labels(options.label, options.count, folder.images.num_classes)
+    labels = balanced_labels(options.label, options.count, folder.images)
     grid = GRID if options.output is options.folder is options.npz is None else options.output
     for file in filter(None, (grid, options.npz)):
         check_new_file(file, options.overwrite)
@@ -104,27 +108,28 @@ def run(words: Sequence[str]) -> int:
         seed=options.seed,
         batch_size=options.batch_size,
     )
-    _write(drawn, labels, grid, options, console)
+    _write(drawn, labels, grid, folder.images, options, console)
     return 0
 
 
-def balanced_labels(chosen: list[int] | None, count: int, num_classes: int) -> Tensor:
+def balanced_labels(chosen: list[str] | None, count: int, images: Images) -> Tensor:
     """Each chosen class `count` times, (N,) int64; None is every class.
+
+    Args:
+        chosen: names or numbers.
+        count: images of each.
+        images: of the run, which names its classes.
 
     Raises:
         ConfigurationError: a count below 1.
-        LabelError: a class outside the model's range.
+        LabelError: no such class.
     """
     import torch
 
     if count < 1:
         raise ConfigurationError(f"--count {count} is below 1", fix="ask for at least one image")
-    for label in chosen or ():
-        if not 0 <= label < num_classes:
-            raise LabelError(
-                f"label {label} is outside 0..{num_classes - 1}", fix="choose a class that the run was trained on"
-            )
-    return torch.tensor(chosen if chosen is not None else range(num_classes)).repeat_interleave(count)
+    labels = range(images.num_classes) if chosen is None else [images.label(word) for word in chosen]
+    return torch.tensor(labels).repeat_interleave(count)
 
 
 def _churn(options: Namespace) -> Churn | None:
@@ -134,7 +139,9 @@ def _churn(options: Namespace) -> Churn | None:
     return Churn(**given) if given else None
 
 
-def _write(images: Tensor, labels: Tensor, grid: Path | None, options: Namespace, console: Console) -> None:
+def _write(
+    drawn: Tensor, labels: Tensor, grid: Path | None, images: Images, options: Namespace, console: Console
+) -> None:
     """Write the files that were asked for, and say where they are."""
     from dither.diffusion.export import save_arrays, save_folder
     from dither.diffusion.grid import first_of_each, save_grid
@@ -142,13 +149,14 @@ def _write(images: Tensor, labels: Tensor, grid: Path | None, options: Namespace
     said = []
     if grid is not None:
         shown = first_of_each(labels, GRID_PER_CLASS)
-        save_grid(images[shown], labels[shown], grid)
+        save_grid(pictures(drawn[shown], images), labels[shown], grid)
         said.append(f"{len(shown)} images in {grid}")
     if options.folder is not None:
-        said.append(f"{save_folder(images, labels, options.folder)} PNGs in {options.folder}")
+        written = save_folder(pictures(drawn, images), labels, options.folder, images.class_names or None)
+        said.append(f"{written} PNGs in {options.folder}")
     if options.npz is not None:
         with options.npz.open("wb") as file:  # a file object keeps numpy from appending .npz to the name
-            save_arrays(images, labels, file)
+            save_arrays(drawn, labels, file, images.class_names or None)
         said.append(f"arrays in {options.npz}")
     for line in said:
         console.print(line, highlight=False, soft_wrap=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,13 +13,14 @@ from typing import TYPE_CHECKING
 import yaml
 from rich.console import Console
 
+from dither.cli.data import fit_patches, images_of, read_data
 from dither.cli.interrupts import StopRequest
 from dither.cli.models import build, run_model
 from dither.cli.options import Options
 from dither.cli.progress import TrainingProgress
-from dither.cli.reading import read_options
+from dither.cli.reading import read_options, with_recipe
 from dither.cli.results import grid_steps, write_results, write_samples
-from dither.cli.run_folder import Images, RunFolder
+from dither.cli.run_folder import RunFolder, check_unused
 from dither.errors import RunFolderError
 from dither.report import write_report
 from dither.telemetry import Writers, check_installed, names
@@ -28,7 +30,6 @@ if TYPE_CHECKING:
 
     from dither.training import PrivateTraining, Step
 
-DIGITS = Images(dataset="digits", input_size=8, in_channels=1, num_classes=10)
 INTERRUPTED = 130
 GRID_PER_CLASS = 4
 GRID_SEED = 0
@@ -53,7 +54,7 @@ def run(words: Sequence[str]) -> int:
     if options.performance.threads is not None:
         torch.set_num_threads(options.performance.threads)
     console = Console()
-    ready = _resume(options) if options.resume is not None else _start(options)
+    ready = _resume(options, console) if options.resume is not None else _start(options, console)
     folder = ready.folder.path
     console.print(f"Run folder {folder}", highlight=False, soft_wrap=True)
     if options.seed is not None:
@@ -70,30 +71,36 @@ def run(words: Sequence[str]) -> int:
     console.print(f"Samples {ready.folder.samples}", highlight=False, soft_wrap=True)
     console.print(f"Certificate {ready.folder.certificate}", highlight=False, soft_wrap=True)
     console.print(f"Report {write_report(folder)}", highlight=False, soft_wrap=True)
-    console.print(f"More:\n  dither sample {folder} --label 3 --count 16", highlight=False, soft_wrap=True)
+    example = f"dither sample {folder} --label {_last_class(ready.folder)} --count 16"
+    console.print(f"More:\n  {example}", highlight=False, soft_wrap=True)
     return 0
 
 
-def _start(options: Options) -> Run:
+def _start(options: Options, console: Console) -> Run:
     """Make the folder and everything in memory; nothing is left behind if an option cannot work."""
     import torch
 
-    from dither.data import digits
     from dither.diffusion.recipe import build_loss, build_optimizer
     from dither.training import PrivateTraining
 
-    folder = RunFolder.create(options.output or _default_output(), DIGITS)
+    if options.output is not None:
+        check_unused(options.output)
+    data = read_data(options.data, console)
+    images = images_of(data)
+    if options.model == "dit":
+        options = with_recipe(options, fit_patches(options.recipe, images, console))
+    folder = RunFolder.create(options.output or _default_output(images.dataset), images)
     try:
         if options.seed is not None:
             torch.manual_seed(options.seed)
-        model = build(options, DIGITS)
+        model = build(options, images)
         optimizer, scheduler = build_optimizer(options.recipe, model)
         privacy, performance = options.privacy, options.performance
         training = PrivateTraining(
             model,
             optimizer,
-            digits()[0],
-            build_loss(options.recipe, DIGITS.num_classes),
+            data,
+            build_loss(options.recipe, images.num_classes),
             expected_batch_size=privacy.expected_batch_size,
             steps=privacy.steps,
             max_grad_norm=privacy.max_grad_norm,
@@ -116,8 +123,7 @@ def _start(options: Options) -> Run:
     return Run(folder, options, model, training)
 
 
-def _resume(options: Options) -> Run:
-    from dither.data import digits
+def _resume(options: Options, console: Console) -> Run:
     from dither.diffusion.recipe import build_loss, build_optimizer
     from dither.training import PrivateTraining
 
@@ -125,11 +131,11 @@ def _resume(options: Options) -> Run:
     folder = RunFolder.open(options.resume)
     if not folder.state.exists():
         raise RunFolderError(f"{folder.path} was stopped before its state was saved", fix="start again: dither train")
-    images = folder.images
+    images, data = folder.images, read_data(options.data, console)
     model = run_model(folder, options)
     optimizer, scheduler = build_optimizer(options.recipe, model)
     loss = build_loss(options.recipe, images.num_classes)
-    training = PrivateTraining.resume(folder.state, model, optimizer, digits()[0], loss, scheduler=scheduler)
+    training = PrivateTraining.resume(folder.state, model, optimizer, data, loss, scheduler=scheduler)
     performance = options.performance
     training.set_performance(
         microbatch_size=performance.microbatch_size,
@@ -177,5 +183,11 @@ def _values(step: Step, seconds: float) -> dict[str, float]:
     return values
 
 
-def _default_output() -> Path:
-    return Path("runs") / f"digits-{datetime.now():%Y%m%d-%H%M%S}"
+def _default_output(dataset: str) -> Path:
+    return Path("runs") / f"{dataset}-{datetime.now():%Y%m%d-%H%M%S}"
+
+
+def _last_class(folder: RunFolder) -> str:
+    """A class to show in an example; quoted where a shell needs it."""
+    images = folder.images
+    return shlex.quote(images.class_names[-1] if images.class_names else str(images.num_classes - 1))

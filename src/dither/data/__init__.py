@@ -2,6 +2,7 @@
 
 from dither.data.digits import digits as digits
 from dither.data.image_data import ImageData as ImageData
+from dither.data.image_data import Latents as Latents
 from dither.data.reading import read_images as read_images
 
-__all__ = ["ImageData", "digits", "read_images"]
+__all__ = ["ImageData", "Latents", "digits", "read_images"]

@@ -65,6 +65,8 @@ def list_images(root: Path, class_names: Sequence[str] | None = None) -> Listing
         DataError: no class folders, no images, a class that `class_names` lacks, or a file that is reached twice.
     """
     found = sorted(entry.name for entry in _folders(root))
+    if all(name.isdecimal() for name in found):
+        found.sort(key=int)  # 10 after 9
     if not found:
         raise DataError(f"{root} has no subfolders", fix=f"make {_LAYOUT}")
     names = tuple(found if class_names is None else class_names)

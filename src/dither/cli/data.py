@@ -1,0 +1,114 @@
+"""The data set that a command's options name, and what a run needs to know of it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import Progress
+
+from dither.cli.options import Data
+from dither.cli.run_folder import Images
+from dither.diffusion.recipe import Recipe
+from dither.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dither.data import ImageData
+    from dither.data.sources import Split
+
+_SHOWN = 5
+
+
+def read_data(options: Data, console: Console | None = None, split: Split = "train") -> ImageData:
+    """Read the data set, with a bar while image files are checked, and say what was left out.
+
+    Args:
+        options: as the command or a run's config.yaml has them.
+        console: where to show it; nowhere if None.
+        split: "train" or "held-out".
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    from dither.data import read_images
+
+    if console is None:
+        return read_images(**asdict(options), split=split)
+    with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
+        task = bar.add_task("checking images", total=None)
+        data = read_images(
+            **asdict(options),
+            split=split,
+            progress=lambda done, count: bar.update(task, completed=done, total=count),
+        )
+    if data.left_out:
+        more = f"\n  and {len(data.left_out) - _SHOWN} more" if len(data.left_out) > _SHOWN else ""
+        lines = "\n  ".join(data.left_out[:_SHOWN])
+        console.print(
+            f"Left out {len(data.left_out)} (not private):\n  {lines}{more}",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
+    return data
+
+
+def images_of(data: ImageData) -> Images:
+    """The public facts that run.json holds."""
+    return Images(
+        dataset=data.name,
+        input_size=data.image_size,
+        in_channels=data.channels,
+        num_classes=data.num_classes,
+        class_names=data.class_names,
+        latents=None if data.latents is None else asdict(data.latents),
+    )
+
+
+def pictures(drawn: Tensor, images: Images) -> Tensor:
+    """What a model drew, as images: latents are decoded where their autoencoder is still in its folder.
+
+    Args:
+        drawn: (N, C, H, W).
+        images: of the run.
+
+    Returns:
+        Images (N, C, H, W) in [-1, 1], or the latents themselves.
+    """
+    from dither.data.autoencoder import Autoencoder
+
+    if images.latents is None or not Path(images.latents["vae"]).is_dir():
+        return drawn
+    return Autoencoder(Path(images.latents["vae"])).decode(drawn.cpu())
+
+
+def fit_patches(recipe: Recipe, images: Images, console: Console) -> Recipe:
+    """A recipe whose patches tile the images: where the named model's do not, the largest smaller size that does.
+
+    Raises:
+        ConfigurationError: the user's patch size does not divide the side, or no size from 2 to the model's does.
+    """
+    from dither.diffusion.dit import preset_patch_size
+
+    side, own = images.input_size, preset_patch_size(recipe.model)
+    patch = own if recipe.patch_size is None else recipe.patch_size
+    if patch is None or side % patch == 0:  # without a patch, no such model: building it says so
+        return recipe
+    fitting = [size for size in range(2, patch) if side % size == 0]
+    if recipe.patch_size is not None or not fitting:
+        choices = ", ".join(map(str, fitting)) or f"no patch size above 1 and below {patch} does"
+        raise ConfigurationError(
+            f"--recipe.patch_size {patch} does not divide the images' side of {side} pixels",
+            fix=f"choose a divisor ({choices}), or another side: --data.image_size 32",
+        )
+    console.print(
+        f"Patches of {fitting[-1]} x {fitting[-1]} pixels: {patch} does not divide {side}. Another choice: "
+        "--recipe.patch_size",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return replace(recipe, patch_size=fitting[-1])

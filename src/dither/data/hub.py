@@ -1,0 +1,110 @@
+"""Hugging Face datasets, from a folder of `save_to_disk` or by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from dither.data.decoding import UnreadableImageError, decode
+from dither.errors import DataError, MissingPackageError
+
+_HELD_OUT = ("test", "validation", "valid", "val")
+
+
+@dataclass(frozen=True)
+class HubExamples:
+    """Examples of a Hugging Face dataset.
+
+    Args:
+        read: the raw image of an example; raises UnreadableImageError.
+        labels: (N,).
+        class_names: as the dataset states them; None if the label column has none.
+    """
+
+    read: Callable[[int], Tensor]
+    labels: np.ndarray[Any, Any]
+    class_names: tuple[str, ...] | None
+
+
+def is_saved_dataset(folder: Path) -> bool:
+    """Whether `save_to_disk` wrote this folder."""
+    saved = (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
+    return saved or (folder / "dataset_dict.json").is_file()
+
+
+def open_hub(name: str, split: str, image_column: str | None, label_column: str | None) -> HubExamples:
+    """Open a dataset; images are decoded by `dither.data.decoding`, like any file.
+
+    Args:
+        name: a folder, or a name on the hub, which the library downloads.
+        split: "train" or "held-out".
+        image_column: None for the only one with images.
+        label_column: None for the only one with classes.
+
+    Raises:
+        MissingPackageError: the package datasets is not installed.
+        DataError: it cannot be opened, or does not say which columns hold images and labels.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise MissingPackageError(
+            f"{name} is a Hugging Face dataset, and the package datasets is not installed",
+            fix="pip install 'dither[datasets]'",
+        ) from error
+    loader = datasets.load_from_disk if is_saved_dataset(Path(name)) else datasets.load_dataset
+    try:
+        loaded = loader(name)
+    except Exception as error:  # the library raises what its readers and its client raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise DataError(f"the dataset {name} cannot be opened: {reason}", fix="check the name or the folder") from error
+    data = _part(loaded, split, name) if isinstance(loaded, dict) else loaded
+    if split != "train" and data is loaded:
+        raise DataError(f"the dataset {name} has no parts", fix="give the held-out part as a dataset of its own")
+    image = _column(data, image_column, datasets.Image, "image", name)
+    label = _column(data, label_column, datasets.ClassLabel, "label", name)
+    raw = data.cast_column(image, datasets.Image(decode=False))
+
+    def read(example: int) -> Tensor:
+        stored = raw[example][image]
+        if stored is None:
+            raise UnreadableImageError("there is no image")
+        content = stored["bytes"]
+        return decode(Path(stored["path"]) if content is None else content)
+
+    feature = data.features[label]
+    names = tuple(feature.names) if isinstance(feature, datasets.ClassLabel) else None
+    return HubExamples(read, np.asarray(data.with_format("numpy")[label][:]), names)
+
+
+def _part(parts: dict[str, Any], split: str, name: str) -> Any:
+    wanted = ("train",) if split == "train" else _HELD_OUT
+    found = next((parts[part] for part in wanted if part in parts), None)
+    if found is None:
+        raise DataError(
+            f"the dataset {name} has the parts {', '.join(parts)}, and none called {' or '.join(wanted)}",
+            fix="save the part you want with save_to_disk, and give that folder",
+        )
+    return found
+
+
+def _column(data: Any, given: str | None, kind: type, what: str, name: str) -> str:
+    if given is not None:
+        if given in data.features and (what == "label" or isinstance(data.features[given], kind)):
+            return given
+        raise DataError(
+            f"the dataset {name} has no {what} column {given!r}",
+            fix=f"its columns: {', '.join(f'{key} ({type(value).__name__})' for key, value in data.features.items())}",
+        )
+    found = [str(key) for key, value in data.features.items() if isinstance(value, kind)]
+    if len(found) != 1:
+        raise DataError(
+            f"the dataset {name} has {len(found)} columns of type {kind.__name__}: {', '.join(found) or 'none'}",
+            fix=f"name the one to take: --data.{what}_column; its columns: {', '.join(data.features)}",
+        )
+    return found[0]
