@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from dither.cli.main import main
+from pictures import save_autoencoder
 from shortened import TINY
 
 
@@ -31,3 +32,9 @@ def failure(capsys):
         return error
 
     return run
+
+
+@pytest.fixture(scope="session")
+def vae(tmp_path_factory) -> Path:
+    """A small random autoencoder, saved as diffusers saves them."""
+    return save_autoencoder(tmp_path_factory.mktemp("vae"))

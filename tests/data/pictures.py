@@ -37,3 +37,26 @@ def idx_folder(root: Path, images: np.ndarray, labels: np.ndarray, *, part: str 
         content = idx_bytes(array)
         (root / (f"{name}.gz" if packed else name)).write_bytes(gzip.compress(content) if packed else content)
     return root
+
+
+def save_autoencoder(folder: Path, channels: int = 3) -> Path:
+    """A random AutoencoderKL that shrinks by 2, with a shift as newer ones have."""
+    import torch
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoencoderKL(
+            in_channels=channels,
+            out_channels=channels,
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            block_out_channels=(8, 16),
+            layers_per_block=1,
+            norm_num_groups=4,
+            latent_channels=4,
+            scaling_factor=0.5,
+            shift_factor=0.25,
+        )
+    model.save_pretrained(str(folder))
+    return folder

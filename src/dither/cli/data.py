@@ -12,7 +12,7 @@ from rich.progress import Progress
 from dither.cli.options import Data
 from dither.cli.run_folder import Images
 from dither.diffusion.recipe import Recipe
-from dither.errors import ConfigurationError
+from dither.errors import ConfigurationError, RunFolderError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -67,6 +67,22 @@ def images_of(data: ImageData) -> Images:
         class_names=data.class_names,
         latents=None if data.latents is None else asdict(data.latents),
     )
+
+
+def check_same(images: Images, data: ImageData) -> None:
+    """Refuse to go on with a data set of other size, channels or classes than the run's.
+
+    Raises:
+        RunFolderError: it is another.
+    """
+    found = images_of(data)
+    for fact in ("input_size", "in_channels", "num_classes", "class_names"):
+        old, new = getattr(images, fact), getattr(found, fact)
+        if old and old != new:  # runs before there were class names have none
+            raise RunFolderError(
+                f"the data set is another than the run's: {fact} was {old} and is {new}",
+                fix="put the run's data set back where its config.yaml says, or start a new run",
+            )
 
 
 def pictures(drawn: Tensor, images: Images) -> Tensor:

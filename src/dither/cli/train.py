@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import yaml
 from rich.console import Console
 
-from dither.cli.data import fit_patches, images_of, read_data
+from dither.cli.data import check_same, fit_patches, images_of, read_data
 from dither.cli.interrupts import StopRequest
 from dither.cli.models import build, run_model
 from dither.cli.options import Options
@@ -132,6 +132,7 @@ def _resume(options: Options, console: Console) -> Run:
     if not folder.state.exists():
         raise RunFolderError(f"{folder.path} was stopped before its state was saved", fix="start again: dither train")
     images, data = folder.images, read_data(options.data, console)
+    check_same(images, data)
     model = run_model(folder, options)
     optimizer, scheduler = build_optimizer(options.recipe, model)
     loss = build_loss(options.recipe, images.num_classes)

@@ -1,0 +1,105 @@
+"""Hugging Face datasets, saved by `save_to_disk`."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from dither.data import read_images
+from dither.errors import BrokenImagesError, DataError
+from pictures import ramp
+
+datasets = pytest.importorskip("datasets")
+
+FEATURES = {"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quiet():
+    datasets.disable_progress_bars()
+    yield
+    datasets.enable_progress_bars()
+
+
+def made(columns=None, features=None):
+    columns = columns or {"image": [ramp(10 * i) for i in range(4)], "label": [0, 1, 1, 0]}
+    return datasets.Dataset.from_dict(columns, features=datasets.Features(features or FEATURES))
+
+
+def test_a_saved_dataset(tmp_path):
+    made().save_to_disk(tmp_path / "pets")
+    for path in (tmp_path / "pets", f"hf:{tmp_path / 'pets'}"):
+        data = read_images(path)
+        assert (data.name, data.class_names, data.image_size, data.channels) == ("pets", ("cat", "dog"), 6, 3)
+        assert data.labels.tolist() == [0, 1, 1, 0]
+        assert data[2][0][0, 0, 0] == pytest.approx(20 / 127.5 - 1)
+    assert read_images(tmp_path / "pets", image_size=4, channels=1)[0][0].shape == (1, 4, 4)
+    with pytest.raises(DataError, match="has no parts"):
+        read_images(tmp_path / "pets", split="held-out")
+
+
+def test_parts(tmp_path):
+    data = made()
+    datasets.DatasetDict({"train": data, "validation": data.select([1])}).save_to_disk(tmp_path / "parts")
+    assert len(read_images(tmp_path / "parts")) == 4
+    assert read_images(tmp_path / "parts", split="held-out").labels.tolist() == [1]
+    datasets.DatasetDict({"extra": data}).save_to_disk(tmp_path / "other")
+    with pytest.raises(DataError, match="the parts extra, and none called train"):
+        read_images(tmp_path / "other")
+
+
+def test_broken_images_are_named(tmp_path):
+    stored = [{"bytes": b"not an image", "path": None}, None, ramp(0)]
+    made({"image": stored, "label": [0, 1, 1]}).save_to_disk(tmp_path / "pets")
+    with pytest.raises(BrokenImagesError) as error:
+        read_images(tmp_path / "pets")
+    assert "example 0: no image that Pillow knows" in error.value.what
+    assert "example 1: there is no image" in error.value.what
+    assert read_images(tmp_path / "pets", skip_broken=True).labels.tolist() == [1]
+
+
+def test_columns_are_found_or_named(tmp_path):
+    pictures = [ramp(0), ramp(10)]
+    columns = {"photo": pictures, "mask": pictures, "kind": [1, 0]}
+    features = {"photo": datasets.Image(), "mask": datasets.Image(), "kind": datasets.Value("int64")}
+    made(columns, features).save_to_disk(tmp_path / "pets")
+    with pytest.raises(DataError, match="2 columns of type Image: photo, mask"):
+        read_images(tmp_path / "pets")
+    with pytest.raises(DataError, match="0 columns of type ClassLabel"):
+        read_images(tmp_path / "pets", image_column="photo")
+    with pytest.raises(DataError, match="no image column 'kind'"):
+        read_images(tmp_path / "pets", image_column="kind")
+    chosen = {"image_column": "photo", "label_column": "kind"}
+    with pytest.raises(DataError, match="which classes there are"):
+        read_images(tmp_path / "pets", **chosen)
+    assert read_images(tmp_path / "pets", **chosen, num_classes=2).labels.tolist() == [1, 0]
+
+
+def test_unlabelled_examples_are_refused(tmp_path):
+    made({"image": [ramp(0), ramp(1)], "label": [-1, 1]}).save_to_disk(tmp_path / "pets")
+    with pytest.raises(DataError, match=r"-1 \(example 0\)"):
+        read_images(tmp_path / "pets")
+
+
+def test_damaged_folder(tmp_path):
+    made().save_to_disk(tmp_path / "pets")
+    next((tmp_path / "pets").glob("*.arrow")).write_bytes(b"")
+    with pytest.raises(DataError, match="cannot be opened"):
+        read_images(tmp_path / "pets")
+
+
+def test_without_the_package(tmp_path):
+    """In a process where importing it fails, as where it is not installed."""
+    made().save_to_disk(tmp_path / "pets")
+    code = (
+        "import sys; sys.modules['datasets'] = None\n"
+        "from dither.data import read_images\n"
+        "from dither.errors import MissingPackageError\n"
+        f"try: read_images({str(tmp_path / 'pets')!r})\n"
+        "except MissingPackageError as error: print(error)"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "the package datasets is not installed" in found.stdout
+    assert "pip install 'dither[datasets]'" in found.stdout
