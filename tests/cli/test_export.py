@@ -42,7 +42,7 @@ torch.save([pipe([0, 7], guidance_scale=scale, **options).images for scale in (1
 
 def test_pipeline_of_diffusers_draws_the_runs_images(run_for_diffusers, tmp_path, capsys):
     """Opened in a process of its own; with guidance too, where the pipeline asks for class 1000."""
-    from dither.cli.reading import read_run_recipe
+    from dither.cli.reading import read_run_options
     from dither.diffusion.recipe import build_model, build_process
     from dither.diffusion.schedulers import build_scheduler
 
@@ -51,7 +51,7 @@ def test_pipeline_of_diffusers_draws_the_runs_images(run_for_diffusers, tmp_path
     assert "import dither.diffusion.pipelines" in capsys.readouterr().out
     assert json.loads((out / "certificate.json").read_text())["private"] is True
 
-    recipe, folder = read_run_recipe(run_for_diffusers / "config.yaml"), RunFolder.open(run_for_diffusers)
+    recipe, folder = read_run_options(run_for_diffusers / "config.yaml").recipe, RunFolder.open(run_for_diffusers)
     model, process = build_model(recipe, 8, 1, 10).eval(), build_process(recipe)
     model.load_state_dict(folder.load_weights("ema"))
     noise, labels = torch.randn(2, 1, 8, 8), torch.tensor([0, 7])
