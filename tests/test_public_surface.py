@@ -41,7 +41,8 @@ ARGUMENTS = {
     "PrivateTraining": (
         "model optimizer dataset loss_fn expected_batch_size=256 steps=1000 max_grad_norm=1.0 delta=1e-05 epsilon=None "
         "noise_multiplier=None microbatch_size='auto' clipping='flat' collate_fn=None seed=None strategy='auto' "
-        "memory_budget=None rows_per_example=None ema_decay=None scheduler=None verify_first_batch=True"
+        "memory_budget=None rows_per_example=None ema_decay=None scheduler=None verify_first_batch=True "
+        "prior=()"
     ),
     "PrivateTraining.resume": "path model optimizer dataset loss_fn scheduler=None collate_fn=None",
     "PrivateTraining.set_performance": "self microbatch_size strategy='auto' memory_budget=None",

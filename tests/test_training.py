@@ -181,7 +181,9 @@ def test_the_certificate_says_what_holds():
     certificate = json.loads(json.dumps(training.certificate()))
     assert certificate["private"] is True and certificate["reasons"] == []
     assert certificate["epsilon"] == training.epsilon() and certificate["delta"] == 1e-5
-    assert certificate["ledger"] == [{"sampling_probability": 8 / N, "noise_multiplier": 1.0, "count": 4}]
+    assert certificate["ledger"] == [
+        {"sampling_probability": 8 / N, "noise_multiplier": 1.0, "count": 4, "release": "gradients"}
+    ]
     assert certificate["neighbouring_relation"] == "add or remove one example"
     assert certificate["verification"]["exact"] is True
     assert "loss" in certificate["not_private_values_that_left_the_process"]

@@ -11,13 +11,14 @@ import functools
 import json
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from typing import Any
 
 from dither.errors import BudgetError, ConfigurationError, LedgerError
 
 NEIGHBOURING_RELATION = "add or remove one example"
+GRADIENTS, CLASS_MEANS = "gradients", "class means"  # what an event released
 _FINE, _COARSE = 2e-5, 1e-4  # discretisation, relative to the widest privacy loss of one step and to epsilon
 _KNOTS = 50
 _NOISE_RANGE = (0.02, 1e4)
@@ -32,17 +33,19 @@ def accountant_name() -> str:
 
 @dataclass(frozen=True)
 class Event:
-    """Steps of the Poisson-sampled Gaussian mechanism with the same parameters.
+    """Runs of the Poisson-sampled Gaussian mechanism with the same parameters.
 
     Attributes:
         sampling_probability: that an example is in a batch, in (0, 1].
         noise_multiplier: noise standard deviation over L2 sensitivity.
-        count: number of steps.
+        count: number of runs; for gradients the number of steps.
+        release: what was released, "gradients" or "class means"; epsilon does not depend on it.
     """
 
     sampling_probability: float
     noise_multiplier: float
     count: int
+    release: str = GRADIENTS
 
 
 class Ledger:
@@ -55,7 +58,7 @@ class Ledger:
     def __init__(self, events: Iterable[Event] = ()) -> None:
         self._events: list[Event] = []
         for event in events:
-            self.record(event.sampling_probability, event.noise_multiplier, event.count)
+            self.record(event.sampling_probability, event.noise_multiplier, event.count, event.release)
 
     @property
     def events(self) -> tuple[Event, ...]:
@@ -64,21 +67,26 @@ class Ledger:
 
     @property
     def steps(self) -> int:
-        """Number of steps recorded."""
-        return sum(event.count for event in self._events)
+        """Number of gradient steps recorded."""
+        return sum(event.count for event in self._events if event.release == GRADIENTS)
 
-    def record(self, sampling_probability: float, noise_multiplier: float, count: int = 1) -> None:
-        """Add steps.
+    def record(
+        self, sampling_probability: float, noise_multiplier: float, count: int = 1, release: str = GRADIENTS
+    ) -> None:
+        """Add steps, or another release.
 
         Raises:
-            ConfigurationError: a probability outside (0, 1], noise that is not positive, a count below 1.
+            ConfigurationError: a probability outside (0, 1], noise that is not positive, a count below 1, a release
+                that no ledger knows.
         """
         _check_mechanism(sampling_probability, noise_multiplier, count)
-        last = self._events[-1] if self._events else None
-        if last and (last.sampling_probability, last.noise_multiplier) == (sampling_probability, noise_multiplier):
-            self._events[-1] = Event(sampling_probability, noise_multiplier, last.count + count)
+        if release not in (GRADIENTS, CLASS_MEANS):
+            raise ConfigurationError(f"A ledger knows no release {release!r}.", fix=f"{GRADIENTS} or {CLASS_MEANS}")
+        event = Event(sampling_probability, noise_multiplier, count, release)
+        if self._events and replace(self._events[-1], count=count) == event:
+            self._events[-1] = replace(event, count=self._events[-1].count + count)
         else:
-            self._events.append(Event(sampling_probability, noise_multiplier, count))
+            self._events.append(event)
 
     def epsilon(self, delta: float) -> float:
         """Epsilon at this delta; 0 if nothing was released.
@@ -151,30 +159,31 @@ class EpsilonCurve:
     Args:
         event: the planned run; count is the planned number of steps.
         delta: in (0, 1).
+        prior: what was released before the first step.
     """
 
-    def __init__(self, event: Event, delta: float) -> None:
-        self._event, self._delta = event, delta
+    def __init__(self, event: Event, delta: float, prior: tuple[Event, ...] = ()) -> None:
+        self._event, self._delta, self._prior = event, delta, prior
         self._values: dict[int, float] = {}
 
     @functools.cached_property
     def planned(self) -> float:
         """Epsilon after the last step."""
-        return _epsilon((self._event,), self._delta, _FINE)
+        return _epsilon((*self._prior, self._event), self._delta, _FINE)
 
     def at(self, step: int) -> float:
         """An upper bound on epsilon after this many steps, 0 to count."""
         total = self._event.count
         if step <= 0:
-            return 0.0
+            return _epsilon(self._prior, self._delta, _FINE)
         stride = math.ceil(total / _KNOTS)
         knot = min(total, math.ceil(step / stride) * stride)
         if knot == total:
             return self.planned
         if knot not in self._values:
-            event = Event(self._event.sampling_probability, self._event.noise_multiplier, knot)
+            events = (*self._prior, replace(self._event, count=knot))
             below = max((value for at, value in self._values.items() if at < knot), default=0.0)
-            self._values[knot] = min(max(_epsilon((event,), self._delta, _COARSE), below), self.planned)
+            self._values[knot] = min(max(_epsilon(events, self._delta, _COARSE), below), self.planned)
         return self._values[knot]
 
 
@@ -193,19 +202,34 @@ def epsilon_for(sample_rate: float, noise_multiplier: float, steps: int, delta: 
     return Ledger([Event(sample_rate, noise_multiplier, steps)]).epsilon(delta)
 
 
-def noise_multiplier_for(epsilon: float, delta: float, sample_rate: float, steps: int) -> float:
-    """The least noise, to 0.01%, with which the run spends at most `epsilon`.
+def noise_multiplier_for(
+    epsilon: float, delta: float, sample_rate: float, steps: int, prior: tuple[Event, ...] = ()
+) -> float:
+    """The least noise, to 0.01%, with which the run spends at most `epsilon`, together with what was released before.
+
+    Args:
+        epsilon: of the whole: `prior` and the run.
+        delta: in (0, 1), of the whole.
+        sample_rate: probability that an example is in a batch.
+        steps: number of steps.
+        prior: earlier releases from the same examples.
 
     Raises:
-        BudgetError: no noise multiplier between 0.02 and 10,000 does.
+        BudgetError: no noise multiplier between 0.02 and 10,000 does, or `prior` alone spends more.
         ConfigurationError: an argument is outside its range.
     """
     _check_epsilon(epsilon)
     _check_delta(delta)
     _check_mechanism(sample_rate, 1.0, steps)
+    if (before := _epsilon(prior, delta, _FINE)) >= epsilon:
+        raise BudgetError(
+            f"epsilon {epsilon} at delta {delta} is spent before the first step: the releases before it cost "
+            f"{before:.4g}.",
+            fix="allow a larger epsilon, or give the warm-up a smaller share",
+        )
 
     def spent(noise: float, resolution: float = _COARSE) -> float:
-        return _epsilon((Event(sample_rate, noise, steps),), delta, resolution)
+        return _epsilon((*prior, Event(sample_rate, noise, steps)), delta, resolution)
 
     low, high = _NOISE_RANGE
     trial = 1.0

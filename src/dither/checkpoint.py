@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from dither.accounting import Ledger
-from dither.errors import DitherError, OutputPathError, RunFolderError
+from dither.errors import DitherError, LedgerError, OutputPathError, RunFolderError
 
 if TYPE_CHECKING:
     from dither.training import PrivateTraining
@@ -128,6 +128,7 @@ def state_of(training: PrivateTraining) -> dict[str, Any]:
         },
         "target_epsilon": training.target_epsilon,
         "fingerprint": fingerprint(training.parameters, training.optimizer, training.scheduler),
+        "prior": Ledger(training.prior).to_json(),
         "ledger": training.ledger.to_json(),
         "resumed": training.resumed,
         "dataset_size": training.sampler.dataset_size,
@@ -144,10 +145,15 @@ def restore(training: PrivateTraining, state: Mapping[str, Any], path: Path) -> 
 
     Raises:
         RunFolderError: it is of another model, optimizer or scheduler.
+        LedgerError: its ledger does not begin with what was released before the run.
     """
     given = fingerprint(training.parameters, training.optimizer, training.scheduler)
     check_fingerprint(state["fingerprint"], given, path)
     ledger = Ledger.from_json(state["ledger"])
+    if ledger.events[: len(training.prior)] != training.prior:
+        raise LedgerError(
+            f"{path} has lost a release that its run was planned with.", fix="restore the folder from a copy"
+        )
     training.model.load_state_dict(state["model"])
     training.optimizer.load_state_dict(state["optimizer"])
     if training.scheduler is not None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from dither import checkpoint
-from dither.accounting import EpsilonCurve, Event, Ledger, _check_delta, _check_mechanism, noise_multiplier_for
+from dither.accounting import (
+    GRADIENTS,
+    EpsilonCurve,
+    Event,
+    Ledger,
+    _check_delta,
+    _check_mechanism,
+    noise_multiplier_for,
+)
 from dither.capture.declared import follow
 from dither.certificate import certificate
 from dither.clipping.clipped_sum import clipped_sum
@@ -29,44 +35,13 @@ from dither.microbatches import MicrobatchSize
 from dither.noise import GaussianNoise, check_seed, torch_seed
 from dither.parameters import trained_parameters
 from dither.sampling import CollateFunction, PoissonSampler, check_dataset, load_batch
+from dither.tally import Step as Step
+from dither.tally import Tally
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
 _DEFAULT_EPSILON = 8.0
 _VERIFIED_EXAMPLES = 4
 _VERIFICATIONS = 3
-
-
-@dataclass(frozen=True)
-class Step:
-    """What one completed step reports.
-
-    Attributes:
-        index: number of completed steps, from 1.
-        epsilon: spent so far, at the run's delta; an upper bound, exact at the last step.
-        batch_size: number of examples drawn. Not private.
-        loss: mean over the batch's finite losses, nan for an empty batch. Not private.
-        clip_fraction: share of the batch whose gradient was longer than max_grad_norm. Not private.
-        dropped: number of examples left out because their gradient was not finite. Not private.
-    """
-
-    index: int
-    epsilon: float
-    batch_size: int
-    loss: float
-    clip_fraction: float
-    dropped: int = 0
-
-
-@dataclass
-class _Tally:
-    """Non-private statistics of one logical batch, left on the device until the end."""
-
-    losses: list[Tensor] = field(default_factory=list)
-    finite: list[Tensor] = field(default_factory=list)
-    clipped: list[Tensor] = field(default_factory=list)
-    examples: int = 0
-    dropped: int = 0
-    verified: bool = False
 
 
 class PrivateTraining:
@@ -109,11 +84,13 @@ class PrivateTraining:
         verify_first_batch: compare up to 4 examples of the first batch with plain autograd before training; again after
             a resume, and on up to two more batches while some parameters have a zero gradient (gates that start
             closed). The certificate says what came of it.
+        prior: what was released from the same examples before, as `ClassMeans.events`: the ledger begins with it, and
+            epsilon is that of all together.
 
     Raises:
         EmptyDatasetError: the dataset has no examples.
         BatchSizeError: expected_batch_size does not fit the dataset.
-        BudgetError: no noise meets epsilon.
+        BudgetError: no noise meets epsilon, or `prior` has spent it.
         ConfigurationError: another argument cannot work.
     """
 
@@ -140,6 +117,7 @@ class PrivateTraining:
         ema_decay: float | None = None,
         scheduler: Any = None,
         verify_first_batch: bool = True,
+        prior: Iterable[Event] = (),
     ) -> None:
         if epsilon is not None and noise_multiplier is not None:
             raise ConfigurationError(
@@ -158,9 +136,14 @@ class PrivateTraining:
             raise ConfigurationError(f"ema_decay must be at least 0 and below 1; it is {ema_decay}.", fix="0.999")
         self._device = next(iter(self.parameters.values())).device
         self.microbatches = MicrobatchSize(microbatch_size, self._device, seeded=seed is not None)
+        self.prior = Ledger(prior).events
+        if any(event.release == GRADIENTS for event in self.prior):
+            raise ConfigurationError(
+                "prior holds gradient steps, which would count as this run's.", fix="resume that run instead"
+            )
         if noise_multiplier is None:
             epsilon = _DEFAULT_EPSILON if epsilon is None else epsilon
-            noise_multiplier = noise_multiplier_for(epsilon, delta, self.sampler.sample_rate, steps)
+            noise_multiplier = noise_multiplier_for(epsilon, delta, self.sampler.sample_rate, steps, self.prior)
         self.noise_multiplier, self.delta, self.steps = float(noise_multiplier), float(delta), steps
         self.target_epsilon = None if epsilon is None else float(epsilon)
         self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
@@ -173,7 +156,7 @@ class PrivateTraining:
             "rows_per_example": rows_per_example,
         }
         self._microbatch_size, self.verify_first_batch = microbatch_size, verify_first_batch
-        self.ledger = Ledger()
+        self.ledger = Ledger(self.prior)
         self.resumed = 0
         self.verification: dict[str, Any] = {"exact": None}  # of the last time it ran, also before a resume
         self._verifications_left = _VERIFICATIONS
@@ -181,12 +164,12 @@ class PrivateTraining:
         if ema_decay is not None:
             self.ema = {name: p.detach().clone() for name, p in self.parameters.items()}
         self._noise = GaussianNoise(seed)
-        self._curve = EpsilonCurve(Event(self.sampler.sample_rate, self.noise_multiplier, steps), delta)
+        self._curve = EpsilonCurve(Event(self.sampler.sample_rate, self.noise_multiplier, steps), delta, self.prior)
         self._sums: dict[str, Tensor] | None = None
 
     @property
     def index(self) -> int:
-        """Number of completed steps: those the ledger holds."""
+        """Number of completed steps: the gradient steps that the ledger holds."""
         return self.ledger.steps
 
     @property
@@ -242,16 +225,16 @@ class PrivateTraining:
         if self.scheduler is not None:
             self.scheduler.step()
         self._update_ema()
-        return self._report(tally)
+        return tally.step(self.index, self._spent())
 
-    def _sum_clipped(self, indices: np.ndarray[Any, Any]) -> _Tally:
+    def _sum_clipped(self, indices: np.ndarray[Any, Any]) -> Tally:
         """Sum the batch's clipped gradients into the buffers, which are the gradients of the step before."""
         for parameter in self.parameters.values():
             parameter.grad = None
         if self._sums is None:
             self._sums = {name: torch.empty_like(p, requires_grad=False) for name, p in self.parameters.items()}
         torch._foreach_zero_(list(self._sums.values()))
-        tally = _Tally()
+        tally = Tally()
         for chosen in self.microbatches.split(indices):
             batch = load_batch(self._dataset, chosen, self._collate_fn)
             result = clipped_sum(
@@ -273,12 +256,7 @@ class PrivateTraining:
             if self.verify_first_batch and self._verifications_left and not tally.verified:
                 # After the sum, which knows the examples that cannot be compared; before anything is released.
                 tally.verified = self._verify(chosen[result.norms.isfinite().cpu().numpy()][:_VERIFIED_EXAMPLES])
-            finite = result.losses.isfinite()
-            tally.losses.append(torch.where(finite, result.losses, 0.0).double().sum())
-            tally.finite.append(finite.sum())
-            tally.clipped.append(((result.norms > self.max_grad_norm) & result.norms.isfinite()).sum())
-            tally.examples += len(chosen)
-            tally.dropped += result.dropped
+            tally.add(result, len(chosen), self.max_grad_norm)
         return tally
 
     def _verify(self, chosen: np.ndarray[Any, Any]) -> bool:
@@ -323,15 +301,11 @@ class PrivateTraining:
             averages = list(self.ema.values())
             torch._foreach_lerp_(averages, [self.parameters[name].detach() for name in self.ema], 1.0 - decay)
 
-    def _report(self, tally: _Tally) -> Step:
-        loss = clip_fraction = math.nan
-        if tally.examples:
-            loss = float(torch.stack(tally.losses).sum() / torch.stack(tally.finite).sum())
-            clip_fraction = float(torch.stack(tally.clipped).sum()) / tally.examples
+    def _spent(self) -> float:
+        """Epsilon so far, for a progress bar."""
         # Resumed ledgers may hold other events than planned ones; then only the exact account is true.
         planned = Event(self.sampler.sample_rate, self.noise_multiplier, self.index)
-        spent = self._curve.at(self.index) if self.ledger.events == (planned,) else self.epsilon()
-        return Step(self.index, spent, tally.examples, loss, clip_fraction, tally.dropped)
+        return self._curve.at(self.index) if self.ledger == Ledger([*self.prior, planned]) else self.epsilon()
 
     def _cuda_devices(self) -> list[int]:
         return [self._device.index or 0] if self._device.type == "cuda" else []
@@ -420,9 +394,11 @@ class PrivateTraining:
                     "does not cover another dataset.",
                     fix="resume with the same dataset, or start a new run",
                 )
-            training = cls(
-                model, optimizer, dataset, loss_fn, scheduler=scheduler, collate_fn=collate_fn, **state["settings"]
-            )
+            settings = {
+                **state["settings"],
+                "prior": Ledger.from_json(state["prior"]).events if "prior" in state else (),
+            }
+            training = cls(model, optimizer, dataset, loss_fn, scheduler=scheduler, collate_fn=collate_fn, **settings)
             checkpoint.restore(training, state, Path(path))
             training.verification = dict(state.get("verification", training.verification))
         return training
