@@ -62,6 +62,8 @@ OPTIONS = {
         data.skip_broken data.image_column data.label_column
         privacy.epsilon privacy.delta privacy.noise_multiplier privacy.max_grad_norm privacy.expected_batch_size
         privacy.steps privacy.clipping
+        warm_up.draws warm_up.noise_multiplier warm_up.clip_norm warm_up.sample_rate warm_up.centre warm_up.steps
+        warm_up.learning_rate
         telemetry.wandb telemetry.mlflow telemetry.project telemetry.non_private telemetry.samples
         performance.strategy performance.microbatch_size performance.memory_budget performance.threads
         recipe.model recipe.hidden_size recipe.depth recipe.num_heads recipe.patch_size recipe.multiplicity
@@ -145,8 +147,8 @@ def test_commands():
 @pytest.mark.parametrize("command", OPTIONS)
 def test_options(command):
     parser, expected = OPTIONS[command]
-    groups = {"help", "print_config", "data", "privacy", "performance", "recipe", "telemetry", "unet"}
-    assert {action.dest for action in parser()._actions} - groups == set(expected.split())
+    groups = {"help", "print_config", "data", "privacy", "performance", "recipe", "telemetry", "unet", "warm_up"}
+    assert {action.dest for action in parser()._actions} - groups == set(expected.split()) - groups
 
 
 def test_short_options_lead_to_long_ones():

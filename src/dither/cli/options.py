@@ -99,6 +99,29 @@ class Data:
 
 
 @dataclass(frozen=True)
+class WarmUp:
+    """Noisy means of each class, released once and paid from the same budget, on which the model is trained first.
+
+    Args:
+        draws: means of each class; 0 turns the warm-up off.
+        noise_multiplier: standard deviation of the noise in units of clip_norm.
+        clip_norm: each image's distance from the centre is scaled down to this norm; a public guess.
+        sample_rate: probability of an example to be in a draw.
+        centre: value of an empty pixel; -1 for light on dark.
+        steps: of ordinary training on the means.
+        learning_rate: of its first step.
+    """
+
+    draws: int = 0
+    noise_multiplier: float = 4.0
+    clip_norm: float = 4.0
+    sample_rate: float = 1.0
+    centre: float = -1.0
+    steps: int = 300
+    learning_rate: float = 1e-3
+
+
+@dataclass(frozen=True)
 class Performance:
     """How fast and with how much memory the same sums are formed. Nothing here changes the claim.
 
@@ -123,6 +146,7 @@ class Options:
     privacy: Privacy
     performance: Performance
     recipe: Recipe
+    warm_up: WarmUp
     telemetry: Telemetry
     model: Any
     """A name, or jsonargparse's Namespace of class_path and init_args."""
@@ -168,6 +192,7 @@ def train_parser() -> ArgumentParser:
     parser.add_class_arguments(UNet, "unet")
     parser.add_class_arguments(Data, "data")
     parser.add_class_arguments(Privacy, "privacy")
+    parser.add_class_arguments(WarmUp, "warm_up")
     parser.add_class_arguments(Performance, "performance")
     parser.add_class_arguments(Telemetry, "telemetry")
     # What the ledger knows is a privacy option, and has one place.

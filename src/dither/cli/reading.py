@@ -113,6 +113,7 @@ def _options(parser: ArgumentParser, parsed: Namespace, given: Namespace) -> Opt
         privacy=privacy,
         performance=made.performance,
         recipe=recipe,
+        warm_up=made.warm_up,
         telemetry=made.telemetry,
         model=model,
         unet=made.unet,

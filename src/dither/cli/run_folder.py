@@ -7,6 +7,7 @@ state/              what `dither train --resume` needs
 tensorboard/        curves               telemetry.json    ids at other services, if any
 samples.png         labelled grid        samples/          grids drawn on the way
 certificate.json    the privacy claim    report.html       all of it on one page
+class_means.safetensors, .png   noisy class means, where the run began with them
 """
 
 from __future__ import annotations
@@ -102,6 +103,11 @@ class RunFolder:
     def grid(self, step: int) -> Path:
         """The labelled grid drawn after this many steps."""
         return self.path / "samples" / f"step-{step:05}.png"
+
+    @property
+    def class_means(self) -> Path:
+        """The release that the model was first trained on."""
+        return self.path / "class_means.safetensors"
 
     @property
     def certificate(self) -> Path:

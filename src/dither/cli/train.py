@@ -21,6 +21,7 @@ from dither.cli.progress import TrainingProgress
 from dither.cli.reading import read_options, with_recipe
 from dither.cli.results import grid_steps, write_results, write_samples
 from dither.cli.run_folder import RunFolder, check_unused
+from dither.cli.warm_up import check_warm_up, warm_up
 from dither.errors import RunFolderError
 from dither.report import write_report
 from dither.telemetry import Writers, check_installed, names
@@ -87,6 +88,7 @@ def _start(options: Options, console: Console) -> Run:
         check_unused(options.output)
     data = read_data(options.data, console)
     images = images_of(data)
+    check_warm_up(options, len(data))
     if options.model == "dit":
         options = with_recipe(options, fit_patches(options.recipe, images, console))
     folder = RunFolder.create(options.output or _default_output(images.dataset), images)
@@ -94,13 +96,15 @@ def _start(options: Options, console: Console) -> Run:
         if options.seed is not None:
             torch.manual_seed(options.seed)
         model = build(options, images)
+        loss = build_loss(options.recipe, images.num_classes)
+        prior = warm_up(options, folder, data, model, loss, console)
         optimizer, scheduler = build_optimizer(options.recipe, model)
         privacy, performance = options.privacy, options.performance
         training = PrivateTraining(
             model,
             optimizer,
             data,
-            build_loss(options.recipe, images.num_classes),
+            loss,
             expected_batch_size=privacy.expected_batch_size,
             steps=privacy.steps,
             max_grad_norm=privacy.max_grad_norm,
@@ -115,11 +119,14 @@ def _start(options: Options, console: Console) -> Run:
             ema_decay=options.recipe.ema_decay,
             scheduler=scheduler,
             seed=options.seed,
+            prior=prior,
         )
     except BaseException:
         folder.discard()
         raise
     folder.config.write_text(options.text)
+    if prior:
+        training.save(folder.state)  # what was released is never released again
     return Run(folder, options, model, training)
 
 

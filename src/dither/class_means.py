@@ -1,0 +1,197 @@
+"""Noisy class means: one release of the Gaussian mechanism, for a model to begin with.
+
+A model that was first trained on them, which is post-processing and costs nothing, has less left to learn from noisy
+gradients. Source: Li et al. 2025, "From Easy to Hard: Building a Shortcut for Differentially Private Image Synthesis"
+(DP-FETA), which calls them central images.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dither.accounting import CLASS_MEANS, Event, Ledger
+from dither.errors import ConfigurationError, LabelError, LedgerError, OutputPathError, RunFolderError
+from dither.noise import _CLASS_MEANS, GaussianNoise, sequence
+from dither.sampling import CollateFunction, PoissonSampler, check_dataset, load_batch
+
+_CHUNK = 1024  # examples read at once
+_LEAST_SHARE = 0.1  # of the expected count, below which a noisy count does not divide
+
+
+@dataclass(frozen=True)
+class ClassMeans:
+    """What was released.
+
+    Attributes:
+        images: (draws * num_classes, ...) float32, draw by draw, a noisy mean per class.
+        labels: (draws * num_classes,) int64.
+        events: what the release cost; hand them to `PrivateTraining(prior=...)`.
+        private: whether the noise came from fresh entropy; a seed makes it predictable.
+    """
+
+    images: Tensor
+    labels: Tensor
+    events: tuple[Event, ...]
+    private: bool = True
+
+    def save(self, path: Path) -> None:
+        """Write the release to a file that `load` reads; a crash leaves no half of it.
+
+        Raises:
+            LedgerError: a release is there already.
+            OutputPathError: the file cannot be written.
+        """
+        from safetensors.torch import save
+
+        if path.exists():
+            raise LedgerError(
+                f"{path} holds a release already; a second one would have to be paid for too.",
+                fix="load it, or give the new run another folder",
+            )
+        about = {"ledger": Ledger(self.events).to_json(), "private": str(self.private)}
+        temporary = path.with_name(path.name + ".part")
+        try:
+            with open(temporary, "wb") as file:
+                file.write(save({"images": self.images, "labels": self.labels}, metadata=about))
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except OSError as error:
+            raise OutputPathError(f"{path} cannot be written: {error}", fix="give a path you may write") from error
+
+    @classmethod
+    def load(cls, path: Path) -> ClassMeans:
+        """Read what `save` wrote.
+
+        Raises:
+            RunFolderError: the file is missing or damaged.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                about = file.metadata()
+                images, labels = file.get_tensor("images"), file.get_tensor("labels")
+            return cls(images, labels, Ledger.from_json(about["ledger"]).events, about["private"] == "True")
+        except (SafetensorError, OSError, KeyError, TypeError, LedgerError) as error:
+            raise RunFolderError(
+                f"{path} cannot be read as a release of class means: {error}",
+                fix="restore it from a copy; a second release is not in the run's ledger",
+            ) from error
+
+
+def release_class_means(
+    dataset: Any,
+    *,
+    num_classes: int,
+    noise_multiplier: float,
+    clip_norm: float,
+    draws: int = 1,
+    sample_rate: float = 1.0,
+    centre: float = 0.0,
+    count_weight: float | None = None,
+    limits: tuple[float, float] | None = None,
+    collate_fn: CollateFunction | None = None,
+    seed: int | None = None,
+) -> ClassMeans:
+    """Release noisy means of each class, of clipped images.
+
+    In each draw an example joins with probability `sample_rate`; its distance from `centre` is scaled down to
+    `clip_norm` and added to its class's sum, and Gaussian noise is added once to the sums of all classes.
+
+    Guarantee: under adding or removing one example, image and label alike, a draw is the Poisson-sampled Gaussian
+    mechanism on the vector of all classes' sums: an example is in one class's sum alone, so the vector moves by at most
+    the sensitivity, which is `clip_norm`, or sqrt(clip_norm^2 + count_weight^2) where counts are released too. The
+    standard deviation is `noise_multiplier` times that. `events` says so to a ledger, for all draws together. What is
+    computed from the sums afterwards is post-processing. The number of examples and of classes are taken as public. A
+    seed voids the guarantee.
+
+    Args:
+        dataset: map-style; an example is an image (any shape, the same for all) and a label in 0..num_classes-1.
+        num_classes: public.
+        noise_multiplier: noise standard deviation over the sensitivity.
+        clip_norm: L2 bound on an image's distance from `centre`; a public guess, in the images' unit.
+        draws: means of each class, each from a Poisson sample of its own.
+        sample_rate: probability of an example to be in a draw.
+        centre: value of an empty pixel, which the noise then leaves out of the sums: -1 for light on dark.
+        count_weight: None divides by the public constant n * sample_rate / num_classes, right where classes are about
+            equally frequent. A number adds a coordinate of that length to each example, in the image's unit: the noisy
+            counts then divide, no less than a tenth of that constant.
+        limits: bounds that the means are cut to; None leaves them.
+        collate_fn: list of examples to batch; torch's default_collate if None.
+        seed: None for fresh entropy; an integer repeats draws and noise: for tests, not private.
+
+    Raises:
+        ConfigurationError: an argument cannot work.
+        LabelError: a label is outside 0..num_classes-1; nothing was released.
+        EmptyDatasetError: the dataset has no examples.
+    """
+    size = check_dataset(dataset)
+    _check(num_classes, clip_norm, draws, sample_rate, count_weight)
+    event = Event(sample_rate, noise_multiplier, draws, CLASS_MEANS)
+    events = Ledger([event]).events  # refuses what no ledger takes
+    own = None if seed is None else int(sequence(seed, 0, _CLASS_MEANS).generate_state(1)[0])
+    sampler, noise = PoissonSampler(size, sample_rate * size, seed=own), GaussianNoise(own)
+    weight = 0.0 if count_weight is None else count_weight
+    deviation = noise_multiplier * math.hypot(clip_norm, weight)
+    expected = sample_rate * size / num_classes
+    means = []
+    for index in range(draws):
+        sums, counts = _sums(dataset, sampler.draw(index), num_classes, clip_norm, centre, collate_fn)
+        noisy = {"sums": sums, "counts": counts * weight} if weight else {"sums": sums}
+        noise.add_(noisy, deviation, step=index)
+        divisor = (
+            (noisy["counts"] / weight).clamp(min=_LEAST_SHARE * expected) if weight else counts.new_tensor(expected)
+        )
+        mean = centre + sums / divisor.view(-1, *[1] * (sums.dim() - 1))
+        means.append(mean if limits is None else mean.clamp(*limits))
+    labels = torch.arange(num_classes).repeat(draws)
+    return ClassMeans(torch.cat(means).float(), labels, events, private=seed is None)
+
+
+def _sums(
+    dataset: Any, indices: np.ndarray[Any, Any], classes: int, clip_norm: float, centre: float, collate: Any
+) -> tuple[Tensor, Tensor]:
+    """Sums of clipped images (classes, ...) and numbers of examples (classes,), both float64; no noise in them yet."""
+    first: Sequence[Tensor] = load_batch(dataset, np.zeros(1, dtype=np.int64), collate)
+    sums = torch.zeros(classes, *first[0].shape[1:], dtype=torch.float64)  # the shape is public, the pixels unused
+    counts = torch.zeros(classes, dtype=torch.float64)
+    for start in range(0, len(indices), _CHUNK):
+        images, labels = (
+            part.detach().cpu() for part in load_batch(dataset, indices[start : start + _CHUNK], collate)[:2]
+        )
+        low, high = (int(bound) for bound in torch.aminmax(labels))
+        if low < 0 or high >= classes:
+            raise LabelError(
+                f"label {low if low < 0 else high} is outside 0..{classes - 1}", fix="give the right num_classes"
+            )
+        moved = images.double() - centre
+        norms = moved.flatten(1).norm(dim=1)
+        factors = (clip_norm / norms).clamp(max=1.0).view(-1, *[1] * (moved.dim() - 1))
+        finite = norms.isfinite()  # an example that is not takes no part, and moves nothing
+        moved = torch.where(finite.view_as(factors), moved * factors, 0.0)
+        sums.index_add_(0, labels, moved)
+        counts.index_add_(0, labels, finite.double())
+    return sums, counts
+
+
+def _check(num_classes: int, clip_norm: float, draws: int, sample_rate: float, count_weight: float | None) -> None:
+    for name, value in (("num_classes", num_classes), ("draws", draws)):
+        if value < 1:
+            raise ConfigurationError(f"{name} must be at least 1; it is {value}.", fix="10 classes, 1 draw")
+    if not 0.0 < sample_rate <= 1.0:
+        raise ConfigurationError(f"sample_rate must be above 0 and at most 1; it is {sample_rate}.", fix="1")
+    for name, number in (("clip_norm", clip_norm), ("count_weight", count_weight)):
+        if number is not None and not 0.0 < number < math.inf:
+            raise ConfigurationError(
+                f"{name} must be positive and finite; it is {number}.", fix="about half of an image's norm"
+            )
