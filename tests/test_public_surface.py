@@ -8,7 +8,7 @@ import pytest
 
 import dither
 import dither.opacus
-from dither.cli import bench, budget, certificate, encode, export, options, report, sample, verify
+from dither.cli import bench, budget, certificate, encode, evaluate, export, options, report, sample, verify
 from dither.cli.main import COMMANDS
 
 NAMES = {
@@ -87,6 +87,14 @@ OPTIONS = {
         """
         run config label count output folder npz overwrite guidance sampler steps s_churn s_noise weights seed
         batch_size
+        """,
+    ),
+    "evaluate": (
+        evaluate.evaluate_parser,
+        """
+        source config count classifiers seed output private_score private_delta
+        data.path data.image_size data.channels data.resize data.crop data.class_names data.num_classes
+        data.skip_broken data.image_column data.label_column
         """,
     ),
     "export": (export.export_parser, "run folder config to weights vae approximate"),

@@ -15,6 +15,7 @@ COMMANDS = {
     "train": "train a diffusion transformer privately; with no arguments, on digits, in about three minutes",
     "encode": "turn images into latents of a public autoencoder, to train on",
     "sample": "draw images of a class from a trained run",
+    "evaluate": "score generated images against real ones",
     "export": "a run's DiT for diffusers, or as facebookresearch/DiT writes it",
     "budget": "epsilon from noise, noise from epsilon, steps from both",
     "verify": "is every example's gradient exact and its own, for this model and batch?",

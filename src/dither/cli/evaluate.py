@@ -1,0 +1,247 @@
+"""`dither evaluate`: scores of generated images against real ones, a table, evaluation.json and a picture."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
+from rich.console import Console
+from rich.table import Table
+
+from dither.cli.data import pictures, read_data
+from dither.cli.options import Data
+from dither.cli.outputs import check_new_folder
+from dither.cli.parsing import Formatter, parse
+from dither.cli.run_folder import RunFolder
+from dither.errors import ConfigurationError, DataError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dither.data import ImageData
+
+EXAMPLES = """
+examples:
+  dither evaluate runs/digits-20250101-120000                    draw images, compare with the run's own data
+  dither evaluate runs/strict --count 500 --classifiers CNN
+  dither evaluate generated.npz --data.path fashion-mnist --output evaluation-of-npz
+  dither evaluate runs/strict --private_score 0.5                also one accuracy that may be published
+
+Every figure but the private score is computed from real images without noise: NOT private, for the eyes of those who
+may see the data. evaluation.json marks each. The private score protects one held-out image, at a budget of its own.
+"""
+
+
+def evaluate_parser() -> ArgumentParser:
+    """The parser of `dither evaluate`."""
+    parser = ArgumentParser(
+        prog="dither evaluate",
+        usage="dither evaluate RUN | SAMPLES [options]",
+        description="Compare generated images with real ones.",
+        epilog=EXAMPLES,
+        formatter_class=Formatter,
+        exit_on_error=False,
+    )
+    parser.add_argument("source", type=Path, help="a run folder, or samples: an .npz, or a folder of images by class")
+    parser.add_argument("--config", action=ActionConfigFile, help="a YAML file of these options; words after it win")
+    parser.add_class_arguments(Data, "data")
+    parser.add_argument("--count", type=int, default=150, help="images of each class that are drawn from a run")
+    parser.add_argument(
+        "--classifiers",
+        type=str,
+        nargs="*",
+        default=["logistic regression", "MLP", "CNN"],
+        help="trained on generated images, tested on real held-out ones",
+    )
+    parser.add_argument("--seed", type=int | None, default=None, help="the same drawn images again")
+    parser.add_argument(
+        "--output", type=Path | None, default=None, help="folder of the results; by default the run folder"
+    )
+    parser.add_argument(
+        "--private_score", type=float | None, default=None, help="epsilon to spend on one accuracy of held-out images"
+    )
+    parser.add_argument("--private_delta", type=float, default=1e-5, help="delta of the private score")
+    return parser
+
+
+def run(words: Sequence[str]) -> int:
+    """Run `dither evaluate`; returns the exit code."""
+    options = parse(evaluate_parser(), words)
+    _check(options)
+    console = Console()
+    folder = RunFolder.open(options.source) if (options.source / "run.json").is_file() else None
+    output = options.output or (None if folder is None else folder.path)
+    if output is None:
+        raise ConfigurationError("samples have no folder for results", fix="give one: --output evaluation")
+    if options.output is not None:
+        check_new_folder(output)
+    earlier = _earlier(output)
+    training, held_out = _real(options, folder, console)
+    if training.latents is not None:
+        raise DataError("the data set holds latents", fix="give the images: --data.path")
+    generated, labels = _generated(options, folder, training, console)
+    if generated.shape[1:] != (training.channels, training.image_size, training.image_size):
+        raise DataError(
+            f"the samples are of shape {tuple(generated.shape[1:])}, the real images of "
+            f"{(training.channels, training.image_size, training.image_size)}",
+            fix="prepare both alike: --data.image_size, --data.channels",
+        )
+    output.mkdir(parents=True, exist_ok=True)
+    found = _figures(options, generated, labels, training, held_out, output, earlier, console)
+    (output / "evaluation.json").write_text(json.dumps(found, indent=2) + "\n")
+    _show(found, console)
+    console.print(f"Figures in {output / 'evaluation.json'}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def _check(options: Namespace) -> None:
+    from dither.evaluation import CLASSIFIERS
+
+    for name in options.classifiers:
+        if name not in CLASSIFIERS:
+            raise ConfigurationError(f"there is no classifier {name!r}", fix=f"choose of {', '.join(CLASSIFIERS)}")
+    if options.count < 2:
+        raise ConfigurationError(f"--count {options.count} is below 2", fix="150 images of each class are a fair test")
+    if options.private_score is not None and not options.classifiers:
+        raise ConfigurationError("a private score needs a classifier", fix="--classifiers CNN")
+
+
+def _earlier(output: Path) -> list[float]:
+    """Noise multipliers of private scores that were released from the same held-out images before."""
+    file = output / "evaluation.json"
+    if not file.is_file():
+        return []
+    try:
+        kept = json.loads(file.read_text())
+        return [float(noise) for noise in kept.get("private_score", {}).get("noise_multipliers", {}).get("value", [])]
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise DataError(
+            f"{file} is damaged, and may hold what was spent before: {error}", fix="restore it, or give --output"
+        ) from None
+
+
+def _real(options: Namespace, folder: RunFolder | None, console: Console) -> tuple[ImageData, ImageData]:
+    from dither.cli.reading import read_run_options
+
+    data = Data(**options.data.as_dict())
+    if folder is not None and data == Data():
+        data = read_run_options(folder.config).data
+    return read_data(data, console), read_data(data, console, "held-out")
+
+
+def _generated(
+    options: Namespace, folder: RunFolder | None, real: ImageData, console: Console
+) -> tuple[Tensor, Tensor]:
+    from dither.data import read_images
+
+    if folder is None:
+        return read_images(options.source, class_names=real.class_names).batch()
+    from dither.cli.drawing import draw
+    from dither.cli.sample import balanced_labels
+
+    labels = balanced_labels(None, options.count, folder.images)
+    return pictures(draw(folder, labels, console, seed=options.seed), folder.images), labels
+
+
+def _figures(
+    options: Namespace,
+    generated: Tensor,
+    labels: Tensor,
+    training: ImageData,
+    held_out: ImageData,
+    output: Path,
+    earlier: list[float],
+    console: Console,
+) -> dict[str, Any]:
+    """Everything in evaluation.json: each figure {"value", "private"}."""
+    from dither import evaluation
+    from dither.evaluation.classifiers import features, train_cnn
+    from dither.evaluation.pictures import save_neighbours
+
+    found: dict[str, Any] = {
+        "images": {"generated": _public(len(generated)), "held_out": _public(len(held_out))},
+        "accuracy_on_held_out_images": {},
+    }
+    (images, image_labels), (test, test_labels) = training.batch(), held_out.batch()
+    names, rights = training.class_names, []
+    for name in options.classifiers:
+        with console.status(f"{name}: training on generated images"):
+            score = evaluation.score(name, generated, labels, test, test_labels, len(names))
+        rights.append(round(score.accuracy * len(test)))
+        found["accuracy_on_held_out_images"][name] = {
+            "all": _open(score.accuracy),
+            **{f"class {class_name}": _open(value) for class_name, value in zip(names, score.by_class, strict=True)},
+        }
+    with console.status("distances, on features of a CNN trained on the real training images"):
+        network = train_cnn(images, image_labels, len(names))
+        real, ours = features(network, test), features(network, generated)
+    kernel, error = evaluation.kernel_distance(ours, real)
+    precision, recall = evaluation.precision_recall(ours, real)
+    found["distance_to_held_out_images"] = {
+        "features": _public("the last hidden layer of a small CNN trained on the real training images"),
+        "frechet_distance": _open(evaluation.frechet_distance(ours, real)),
+        "kernel_distance": _open(kernel),
+        "kernel_distance_standard_error": _open(error),
+        "precision": _open(precision),
+        "recall": _open(recall),
+    }
+    with console.status("nearest training images"):
+        near = evaluation.nearest(generated, images, test)
+    (output / "evaluation").mkdir(exist_ok=True)
+    save_neighbours(near, generated, images, output / "evaluation" / "nearest-training-images.png")
+    found["nearest_training_image"] = {
+        "median_distance": _open(float(near.distances.median())),
+        "median_distance_of_held_out_images": _open(float(near.usual.median())),
+        "generated_nearer_than_999_of_1000_held_out": _open(len(near.suspicious)),
+    }
+    found["private_score"] = _private(options, rights, len(test), earlier)
+    return found
+
+
+def _private(options: Namespace, rights: list[int], count: int, earlier: list[float]) -> dict[str, Any]:
+    from dither.accounting import Event, Ledger
+    from dither.evaluation.private_score import private_score
+
+    if options.private_score is None:
+        if not earlier:
+            return {}
+        spent = Ledger(Event(1.0, noise, 1) for noise in earlier).epsilon(options.private_delta)
+        return {
+            "epsilon_spent_on_held_out_images": _public(spent),
+            "delta": _public(options.private_delta),
+            "noise_multipliers": _public(earlier),
+        }
+    score = private_score(rights[-1], count, options.private_score, options.private_delta, earlier)
+    return {
+        "accuracy": _public(score.accuracy),
+        "classifier": _public(options.classifiers[-1]),
+        "protects": _public("one held-out image, added or removed; their number is taken as public"),
+        "epsilon_spent_on_held_out_images": _public(score.epsilon),
+        "delta": _public(score.delta),
+        "noise_multipliers": _public([*earlier, score.noise_multiplier]),
+    }
+
+
+def _open(value: object) -> dict[str, Any]:
+    """A figure computed from real images without noise."""
+    return {"value": value, "private": False}
+
+
+def _public(value: object) -> dict[str, Any]:
+    """A figure that is public, or was released with noise."""
+    return {"value": value, "private": True}
+
+
+def _show(found: dict[str, Any], console: Console) -> None:
+    table = Table("", "", "", show_header=False, box=None)
+    for name, figures in found.items():
+        for part, figure in figures.items():
+            if "value" not in figure:  # a classifier, with its classes
+                part, figure = f"{part}", figure["all"]
+            value = figure["value"]
+            said = f"{value:.4g}" if isinstance(value, float) else str(value)
+            table.add_row(f"{name} {part}".replace("_", " "), said, "" if figure["private"] else "non-private")
+    console.print(table)
