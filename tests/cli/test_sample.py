@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import numpy
@@ -11,6 +12,7 @@ from PIL import Image
 
 from dither.cli.main import main
 from dither.data import read_images
+from shortened import TINY
 
 
 def test_grid_and_arrays(finished_run, tmp_path):
@@ -123,3 +125,31 @@ def test_what_is_no_run(failure, finished_run, tmp_path, monkeypatch):
     config = (copy / "config.yaml").read_text()
     (copy / "config.yaml").write_text(config.replace("hidden_size: 16", "hidden_size: 32"))
     assert "do not fit" in failure("sample", copy, "--weights=raw")
+
+
+def test_the_histogram_of_the_private_labels_is_in_nothing_that_is_drawn(tmp_path):
+    """One class ten times as frequent, one that never occurs: what is drawn knows the public label set alone."""
+    labels = numpy.repeat([0, 1], [100, 10])
+    numpy.savez(tmp_path / "data.npz", images=numpy.random.default_rng(0).uniform(-1, 1, (110, 1, 8, 8)), labels=labels)
+    words = [f"--data.path={tmp_path / 'data.npz'}", "--data.num_classes=3", f"--output={tmp_path / 'run'}"]
+    assert main(["train", *TINY, "--steps=2", "--expected_batch_size=20", "--noise_multiplier=1", *words]) == 0
+    assert main(["sample", str(tmp_path / "run"), "--count=5", f"--npz={tmp_path / 'drawn.npz'}"]) == 0
+    with numpy.load(tmp_path / "drawn.npz") as drawn:
+        assert numpy.bincount(drawn["labels"]).tolist() == [5, 5, 5]
+    assert (
+        main(
+            [
+                "evaluate",
+                str(tmp_path / "run"),
+                "--count=4",
+                "--classifiers",
+                "logistic regression",
+                "--data.path",
+                str(tmp_path / "data.npz"),
+                "--data.num_classes=3",
+            ]
+        )
+        == 2
+    )  # no held-out part
+    facts = json.loads((tmp_path / "run" / "run.json").read_text())["images"]
+    assert facts["num_classes"] == 3 and "100" not in json.dumps(facts)

@@ -108,7 +108,7 @@ def test_resume_of_a_finished_run_changes_nothing(finished_run, tmp_path):
 
 def test_interrupted_run_resumes(tmp_path):
     """A real process, a real SIGINT, and the command that it prints."""
-    output, steps = tmp_path / "interrupted", 120
+    output, steps = tmp_path / "interrupted", 40
     words = [*TINY, f"--steps={steps}", "--noise_multiplier=5", f"--output={output}"]
     process = subprocess.Popen(
         [sys.executable, "-u", "-m", "dither", "train", *words],
