@@ -3,6 +3,7 @@
 #   make test          ruff, mypy, pytest
 #   make opacus-suite  Opacus's own tests on dither.opacus (EXAMPLES=100: all that hypothesis draws by itself)
 #   make check         both
+#   make docs          the documentation as pages, in site/
 #   make bench         step time and peak memory of private training beside other libraries (hours; ARGS=--smoke: minutes)
 #   make sweep         10,000 generated models in every strategy (a quarter of an hour on two cores)
 #   make test TORCH=2.6.0        another torch        make test CONSTRAINTS=        no pinned versions
@@ -24,7 +25,7 @@ ifneq ($(strip $(REQUEST)),$(strip $(shell cat $(VENV)/.request 2>/dev/null)))
 $(shell rm -f $(VENV)/.installed-*)
 endif
 
-.PHONY: demo test opacus-suite check sweep bench lint types format clean
+.PHONY: docs demo test opacus-suite check sweep bench lint types format clean
 
 demo: $(firstword $(wildcard $(VENV)/.installed-dev) $(VENV)/.installed-cli)
 	$(BIN)/dither train $(ARGS)
@@ -44,6 +45,9 @@ sweep: $(VENV)/.installed-dev
 RESULTS := $(if $(findstring smoke,$(ARGS)),,--save benchmarks/results.json --page docs/performance.md --picture docs/images/performance.png)
 bench: $(VENV)/.installed-bench $(VENV)/jax/.installed
 	$(BIN)/dither bench --sweep all --explain --jax_python $(VENV)/jax/bin/python $(RESULTS) $(ARGS)
+
+docs: $(VENV)/.installed-dev
+	$(BIN)/mkdocs build --strict
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -75,4 +79,4 @@ $(VENV)/jax/.installed: benchmarks/jax.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) build dist site .mypy_cache .ruff_cache .pytest_cache .hypothesis

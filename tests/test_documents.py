@@ -90,6 +90,15 @@ def test_exactness(capsys):
         dither.clipped_sum(names["model"], lambda: names["restored"](names["raw"]))
 
 
+def test_native(capsys):
+    names: dict = {}
+    for code in blocks("docs/native.md"):
+        exec(code, names)
+    assert capsys.readouterr().out.startswith("step 1: epsilon ")
+    assert names["certificate"]["steps_done"] == 4
+    assert names["certificate"]["private"]
+
+
 @pytest.fixture
 def opacus_names():
     """What the guides assume: a model of three inputs, its optimizer and a loader."""
