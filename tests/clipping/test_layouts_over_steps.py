@@ -11,6 +11,7 @@ import dither
 import oracle
 from clipping.test_exactness import STRATEGIES, loss_of
 from dither import errors
+from dither.diffusion import DiffusionLoss, Process, dit
 
 pytestmark = pytest.mark.usefixtures("double_precision")
 each_strategy = pytest.mark.parametrize("strategy", STRATEGIES)
@@ -46,6 +47,10 @@ RESTORE = {
     "h[numpy array]": lambda h, order: h[order.numpy().argsort()],
     "scatter_reduce": lambda h, order: torch.zeros(B, 5).scatter_reduce(0, order.view(B, 1).expand(B, 5), h, "sum"),
     "index_reduce": lambda h, order: torch.ones(B, 5).index_reduce(0, order, h, "amax", include_self=False),
+    "torch.gather(input=h, ...)": lambda h, order: torch.gather(
+        input=h, dim=0, index=order.argsort().view(B, 1).expand(B, 5)
+    ),
+    "index_add": lambda h, order: torch.zeros(B, 5).index_add(0, order, h),
     "put": lambda h, order: torch.zeros(B, 5).put(order.view(B, 1) * 5 + torch.arange(5), h),
     "dict": lambda h, order: torch.stack([row for _, row in sorted(zip(order.tolist(), h.unbind(0), strict=True))]),
 }
@@ -55,9 +60,10 @@ RESTORE = {
 @pytest.mark.parametrize("how", RESTORE)
 def test_rows_in_another_order_on_a_later_step_are_refused(how, strategy):
     model, x, scale = two_layers(), torch.randn(B, 5), torch.arange(1.0, B + 1).unsqueeze(1)
+    rows = {order: x[order] for order in (STRAIGHT, REVERSED)}  # not seen: only what is done to outputs tells
 
     def loss_fn(order):
-        return loss_of(model[1](RESTORE[how](model[0](x[order]), order).tanh()) * scale)
+        return loss_of(model[1](RESTORE[how](model[0](rows[order]), order).tanh()) * scale)
 
     truth = oracle.clipped_sum(oracle.per_example_gradients(model, lambda: loss_fn(STRAIGHT)), 0.5)
     for _ in range(2):
@@ -124,3 +130,27 @@ def test_an_output_of_an_earlier_sum_is_refused(strategy):
     dither.clipped_sum(model, lambda: loss_of(model(x)), strategy=strategy)
     with pytest.raises(errors.CoverageError, match="earlier recording"):
         dither.clipped_sum(model, lambda: loss_of(model(2 * x)), strategy=strategy)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "edm", "flow"])
+def test_rows_picked_from_data_alone_are_decided_once(prediction):
+    """A diffusion loss picks noise levels by timestep and repeats images: the model's places do not follow them."""
+    model = dit("DiT-digits", input_size=8, in_channels=1, num_classes=10, learn_sigma=False)
+    loss = DiffusionLoss(Process(prediction=prediction), multiplicity=2, num_classes=10)
+    batch, decided = (torch.randn(B, 1, 8, 8), torch.arange(B)), []
+    for step in range(8):
+        passes = 0
+
+        def count(gradient):
+            nonlocal passes
+            passes += 1
+
+        def loss_fn():
+            losses = loss(model, batch)
+            losses.register_hook(count)
+            return losses
+
+        dither.clipped_sum(model, loss_fn)
+        decided.append(passes)
+    # proved anew at calls 1, 2, 4 and 8, a backward pass for every split of the examples
+    assert [step + 1 for step, passes in enumerate(decided) if passes > 1] == [1, 2, 4, 8]

@@ -19,6 +19,7 @@ _RANDOM = ("rand", "normal", "bernoulli", "multinomial", "poisson", "dropout", "
 
 _REORDERING = {
     "__getitem__",
+    "__setitem__",
     "_pack_padded_sequence",
     "_pad_packed_sequence",
     "embedding",
@@ -75,16 +76,19 @@ def _reorders(name: str) -> bool:
     return (name if name.startswith("__") else name.removesuffix("_")) in _REORDERING
 
 
-def reordered(function: Any, args: Any) -> Sequence[Tensor]:
+def reordered(function: Any, args: Any, kwargs: Any) -> Sequence[Tensor]:
     """The tensors whose rows the function may pick by what a tensor, a list or an array holds; none for most."""
     name = name_of(function)
-    if not _reorders(name) or not args:
+    if not _reorders(name):
         return ()
     if name == "embedding":
-        return args[1:2] if len(args) > 1 and isinstance(args[1], Tensor) else ()
-    if name == "__getitem__" and not any(_chooses(part) for part in _parts(args[1])):
+        return tensors_in(args[1:2], kwargs.get("input"))
+    if name in ("__getitem__", "__setitem__") and not any(_chooses(part) for part in _parts(args[1])):
         return ()
-    return tensors_in(args)
+    tensors = tensors_in(args, kwargs)
+    if name == "repeat_interleave" and len(tensors) == 1:  # by a number, which is in the options
+        return ()
+    return tensors
 
 
 def _parts(index: Any) -> tuple[Any, ...]:

@@ -194,7 +194,7 @@ class Recorder(TorchFunctionMode):
         if not self._replays:
             self._trace.append((func, operations.options_of(args), operations.options_of(kwargs)))
             if not self.reorders_by_data:
-                picked = operations.reordered(func, args)
+                picked = operations.reordered(func, args, kwargs)
                 self.reorders_by_data = any(self._varies(tensor) for tensor in picked)
         return output
 
@@ -229,9 +229,11 @@ class Recorder(TorchFunctionMode):
         return found
 
     def _varies(self, tensor: Tensor) -> bool:
-        """Whether picking rows of the tensor moves examples' rows: places may change from step to step."""
+        """Whether picking rows of the tensor moves rows that a gradient comes back to: places may change each step."""
+        if not tensor.is_floating_point():
+            return False
         kind = self._kinds.get(id(tensor))
-        return tensor.is_floating_point() and (kind is None or kind[0] == _BATCHED)
+        return kind[0] == _BATCHED if kind is not None else tensor.requires_grad
 
     def _dispatch(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         kinds = self._kinds

@@ -161,7 +161,7 @@ def _operations(node: Node) -> list[OpOverload] | None:
     try:
         operations.refuse_batch_statistics(function, args, kwargs)
         called = Tensor.__getitem__ if name == "getitem" else function
-        if operations.reordered(called, args):
+        if operations.reordered(called, args, kwargs):
             return None
         with tensors[0].fake_mode, seen:
             function(*args, **kwargs)
