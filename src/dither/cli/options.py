@@ -11,9 +11,10 @@ from typing import Any, Literal
 
 from jsonargparse import ActionConfigFile, ArgumentParser
 
-from dither.cli.models import ModelChoice
+from dither.cli.model_choice import ModelChoice
 from dither.cli.parsing import Formatter
 from dither.data.preparation import Preparation, Resize
+from dither.diffusion.finetuning import FineTuning
 from dither.diffusion.recipe import Recipe
 from dither.diffusion.unet import UNet
 from dither.telemetry.writers import Telemetry
@@ -29,6 +30,7 @@ examples:
   dither train --config runs/strict/config.yaml         the same options again; add --output to name the new run
   dither train --resume runs/strict                     go on where Ctrl-C or a crash ended it
   dither train --model diffusers_unet                   a U-Net of diffusers; or mymodels.Net, a class of yours
+  dither train --finetune.from dit.pt --finetune.mode lora   from a public DiT; or attention, biases, full
   dither train --performance.strategy ghost             another way to the same sums; the claim stays
 
 --epsilon, --delta, --steps, --noise_multiplier, --max_grad_norm, --threads and --strategy are short for the
@@ -151,6 +153,8 @@ class Options:
     model: Any
     """A name, or jsonargparse's Namespace of class_path and init_args."""
     unet: UNet
+    finetune_from: Path | None
+    finetune: FineTuning
     output: Path | None
     resume: Path | None
     seed: int | None
@@ -191,6 +195,14 @@ def train_parser() -> ArgumentParser:
     )
     parser.add_class_arguments(UNet, "unet")
     parser.add_class_arguments(Data, "data")
+    parser.add_argument(
+        "--finetune.from",
+        type=Path | None,
+        default=None,
+        help="a public DiT to begin with: its .pt, a folder of diffusers, or a run; published ones want "
+        "--recipe.prediction epsilon",
+    )
+    parser.add_class_arguments(FineTuning, "finetune")
     parser.add_class_arguments(Privacy, "privacy")
     parser.add_class_arguments(WarmUp, "warm_up")
     parser.add_class_arguments(Performance, "performance")

@@ -10,7 +10,7 @@ from pathlib import Path
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 
-from dither.cli.models import find_users_modules
+from dither.cli.model_choice import find_users_modules
 from dither.cli.options import SHORT, Options, Performance, train_parser
 from dither.cli.parsing import parse
 from dither.cli.run_folder import RunFolder
@@ -96,7 +96,7 @@ def _options(parser: ArgumentParser, parsed: Namespace, given: Namespace) -> Opt
         parsed.privacy.epsilon = None
     kept = parsed.clone()
     kept.output = kept.resume = None
-    model = parsed.pop("model")  # built later, after the seed
+    model, source = parsed.pop("model"), parsed.pop("finetune.from")  # built later, after the seed
     made = parser.instantiate(parsed)
     privacy = made.privacy
     recipe = replace(
@@ -117,6 +117,8 @@ def _options(parser: ArgumentParser, parsed: Namespace, given: Namespace) -> Opt
         telemetry=made.telemetry,
         model=model,
         unet=made.unet,
+        finetune_from=source,
+        finetune=made.finetune,
         output=made.output,
         resume=made.resume,
         seed=made.seed,

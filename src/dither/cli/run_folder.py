@@ -8,6 +8,7 @@ tensorboard/        curves               telemetry.json    ids at other services
 samples.png         labelled grid        samples/          grids drawn on the way
 certificate.json    the privacy claim    report.html       all of it on one page
 class_means.safetensors, .png   noisy class means, where the run began with them
+model.json          sizes of a model from a checkpoint; public.json: that checkpoint, and data for pretraining
 """
 
 from __future__ import annotations
@@ -163,7 +164,8 @@ class RunFolder:
 
     def discard(self) -> None:
         """Take a folder back that `create` just made."""
-        (self.path / "run.json").unlink(missing_ok=True)
+        for name in ("run.json", "model.json", "public.json"):
+            (self.path / name).unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             self.path.rmdir()
 

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from dither.cli.data import check_same, fit_patches, images_of, read_data
 from dither.cli.interrupts import StopRequest
-from dither.cli.models import build, run_model
+from dither.cli.models import run_model, start_model
 from dither.cli.options import Options
 from dither.cli.progress import TrainingProgress
 from dither.cli.reading import read_options, with_recipe
@@ -89,13 +89,13 @@ def _start(options: Options, console: Console) -> Run:
     data = read_data(options.data, console)
     images = images_of(data)
     check_warm_up(options, len(data))
-    if options.model == "dit":
+    if options.model == "dit" and options.finetune_from is None:  # a checkpoint has patches of its own
         options = with_recipe(options, fit_patches(options.recipe, images, console))
     folder = RunFolder.create(options.output or _default_output(images.dataset), images)
     try:
         if options.seed is not None:
             torch.manual_seed(options.seed)
-        model = build(options, images)
+        model = start_model(options, folder)
         loss = build_loss(options.recipe, images.num_classes)
         prior = warm_up(options, folder, data, model, loss, console)
         optimizer, scheduler = build_optimizer(options.recipe, model)
