@@ -5,11 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 
+import numpy as np
 import pytest
 import torch
 
 from dither.cli.main import main
 from dither.cli.run_folder import RunFolder
+from dither.data.image_data import Latents
+from dither.data.latents import save_latents
 from dither.diffusion.checkpoints import load_dit, save_dit
 from dither.diffusion.diffusers_dit import to_diffusers
 from dither.diffusion.dit import dit
@@ -73,12 +76,27 @@ def test_from_a_run_and_its_claim_is_told(finished_run, tmp_path):
     assert said["fine_tuning"]["trained_numbers"] < said["fine_tuning"]["all_numbers"]  # fixed positions
 
 
+def test_latents(tmp_path):
+    """A published DiT is for latents of four channels, and is trained on such."""
+    data, source, output = tmp_path / "latents.safetensors", tmp_path / "dit.pt", tmp_path / "run"
+    save_latents(data, torch.randn(50, 4, 8, 8), torch.arange(50) % 2, Latents("vae", 0.5), ("cat", "dog"))
+    save_dit(source, dit("DiT-S/4", depth=1, input_size=16, num_classes=3))
+    words = [*QUICK, f"--data.path={data}", f"--finetune.from={source}", "--finetune.mode=biases"]
+    assert main(["train", *words, f"--output={output}"]) == 0
+    assert "final_layer.linear.bias" in facts(output)["fine_tuning"]["parameters"]
+    assert main(["certificate", "check", str(output)]) == 0
+
+
 def test_refusals_leave_nothing(checkpoint, failure, tmp_path):
     output = tmp_path / "run"
     begin = ["train", *QUICK, f"--output={output}"]
     assert "there is no" in failure(*begin, "--finetune.from=/nowhere.pt")
     source = f"--finetune.from={checkpoint / 'dit.pt'}"
     assert "--model" in failure(*begin, source, "--model=diffusers_unet")
+    assert "--model" in failure(*begin, source, "--model=torch.nn.Identity")
+    odd = tmp_path / "odd.npz"
+    np.savez(odd, images=np.zeros((50, 12, 12), np.uint8), labels=np.zeros(50, np.int64), class_names=np.array(["a"]))
+    assert "patch_size 8" in failure(*begin, source, f"--data.path={odd}")
     assert "to_q" in failure(*begin, source, "--finetune.mode=lora", '--finetune.targets=["to_q"]')
     assert "prompt" in failure(*begin, source, "--finetune.mode=prompt")
     assert "for a DiT" in failure(*begin, "--model=diffusers_unet", "--finetune.mode=biases")

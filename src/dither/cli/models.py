@@ -32,7 +32,7 @@ def start_model(options: Options, folder: RunFolder) -> nn.Module:
     source, mode = options.finetune_from, options.finetune.mode
     model = _build(options, folder.images) if source is None else _from_checkpoint(source, options, folder)
     choose_parameters(model, options.finetune)
-    if source is not None or mode != "full":
+    if source is not None or mode != "full" or options.pretrain.path is not None:
         add_facts(folder, PUBLIC, {"fine_tuning": trained_parameters_facts(model, mode)})
     return model
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 ARCHITECTURE, PUBLIC = "model.json", "public.json"
+ON_WHOSE_WORD = "on the word of whoever started the run"
 
 
 def read_facts(folder: RunFolder, name: str) -> dict[str, Any]:
@@ -64,13 +66,24 @@ def trained_parameters_facts(model: nn.Module, mode: str) -> dict[str, Any]:
 
 def checkpoint_facts(path: Path) -> dict[str, Any]:
     """What a checkpoint is: its path, each weight file's SHA-256, and the claim if dither trained it."""
-    facts: dict[str, Any] = {"path": str(path.resolve()), "taken_as_public": "on the word of whoever started the run"}
+    facts: dict[str, Any] = {"path": str(path.resolve()), "taken_as_public": ON_WHOSE_WORD}
     files = [path] if path.is_file() else sorted([*path.glob("**/*.safetensors"), *path.glob("**/*.bin")])
     facts["sha256"] = {str(file.relative_to(path.parent)): _sha256(file) for file in files}
     if (path / "run.json").is_file() and (path / "certificate.json").is_file():
         claim = json.loads((path / "certificate.json").read_text())
         facts["certificate"] = {name: claim.get(name) for name in ("private", "epsilon", "delta", "dataset_size")}
     return facts
+
+
+def files_digest(path: Path) -> str:
+    """SHA-256 of a file; of a folder, that of what `sha256sum` prints of its files, sorted by their paths in it."""
+    if path.is_file():
+        return _sha256(path)
+    files = sorted(os.fsencode(file.relative_to(path)) for file in path.rglob("*") if file.is_file())
+    digest = hashlib.sha256()
+    for name in files:
+        digest.update(_sha256(path / os.fsdecode(name)).encode() + b"  " + name + b"\n")
+    return digest.hexdigest()
 
 
 def _sha256(file: Path) -> str:

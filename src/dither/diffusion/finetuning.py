@@ -114,6 +114,21 @@ def trainable(model: nn.Module) -> list[str]:
     return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
+def all_but_updates(model: nn.Module, mode: Mode) -> list[nn.Parameter]:
+    """The parameters that ordinary training changes before private steps of this mode.
+
+    All of them, but fixed positions and low-rank updates, which begin at zero.
+    """
+    if mode == "full" or not isinstance(model, DiT):
+        return [parameter for parameter in model.parameters() if parameter.requires_grad]
+    fixed = model.position == "sincos"
+    return [
+        parameter
+        for name, parameter in model.named_parameters()
+        if ".lora_" not in name and not (fixed and name == "pos_embed")
+    ]
+
+
 def _is_trained(name: str, mode: Mode) -> bool:
     if mode == "lora":
         return ".lora_" in name
