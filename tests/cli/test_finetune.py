@@ -36,7 +36,7 @@ def facts(run):
     return json.loads((run / "certificate.json").read_text())["public"]
 
 
-@pytest.mark.parametrize(("mode", "layout"), [("lora", "diffusers"), ("attention", "dit.pt"), ("biases", "dit.pt")])
+@pytest.mark.parametrize(("mode", "layout"), [("lora", "diffusers"), ("attention", "dit.pt")])
 def test_modes(mode, layout, checkpoint, tmp_path):
     output, source = tmp_path / "run", checkpoint / layout
     words = [*QUICK, f"--finetune.from={source}", f"--finetune.mode={mode}", "--finetune.rank=2"]
@@ -54,9 +54,14 @@ def test_modes(mode, layout, checkpoint, tmp_path):
     trained = {name for name in names if name in begun}
     assert changed == trained | {"pos_embed", "final_layer.linear.weight", "final_layer.linear.bias"}
 
+
+def test_resumed_sampled_and_exported(checkpoint, tmp_path):
+    output, grid = tmp_path / "run", tmp_path / "grid.png"
+    words = [*QUICK, f"--finetune.from={checkpoint / 'dit.pt'}", "--finetune.mode=lora", f"--output={output}"]
+    assert main(["train", *words]) == 0
+    said = facts(output)
     assert main(["train", f"--resume={output}"]) == 0
     assert facts(output) == said
-    grid = tmp_path / "grid.png"
     assert main(["sample", str(output), "--count=1", "--steps=2", "--guidance=2", f"--output={grid}"]) == 0
     assert grid.exists()
     assert main(["export", str(output), str(tmp_path / "out"), "--to=dit"]) == 0

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import signal
+import subprocess
 import threading
 import time
 
@@ -19,6 +21,7 @@ from dither.cli.run_folder import RunFolder
 from dither.data import digits
 from dither.data.image_data import Latents
 from dither.data.latents import save_latents
+from dither.diffusion.embeddings import position_sinusoids
 from pictures import class_folders
 from shortened import TINY
 
@@ -40,8 +43,10 @@ def certificate(run):
 
 
 def test_a_data_set_with_the_same_classes(public, tmp_path, capsys):
+    """Recorded as public; and with private steps too small to move anything, the average is the pretrained model."""
     output = tmp_path / "run"
     words = [*QUICK, f"--pretrain.path={public}", "--pretrain.steps=3", "--pretrain.labels=true"]
+    words += ["--pretrain.learning_rate=0.1", "--recipe.learning_rate=1e-12"]
     assert main(["train", *words, f"--output={output}"]) == 0
     said = certificate(output)
     assert said["private"] is True and said["steps_done"] == 2
@@ -54,31 +59,29 @@ def test_a_data_set_with_the_same_classes(public, tmp_path, capsys):
     assert main(["certificate", "check", str(output)]) == 0
     assert f"The 100 examples of {public} are taken as public" in capsys.readouterr().out
     assert "Public steps, without noise" in (output / "report.html").read_text()
-
-
-def test_a_folder_of_other_pictures_before_low_rank_updates(tmp_path):
-    """Colour pictures of any size and class; the public steps train what the private ones leave alone."""
-    other = class_folders(tmp_path / "fruit", {"apple": 3, "pear": 3}, size=(20, 16))
-    words = {"with": [f"--pretrain.path={other}", "--pretrain.steps=2"], "without": []}
-    for name, more in words.items():
-        assert main(["train", *QUICK, *more, "--finetune.mode=lora", "--seed=3", f"--output={tmp_path / name}"]) == 0
-    trained, plain = (RunFolder.open(tmp_path / name).load_weights("model") for name in words)
-    assert trained.keys() == plain.keys()
-    base = "final_layer.linear.bias"
-    assert not trained[base].equal(plain[base])
-    assert trained["pos_embed"].equal(plain["pos_embed"])
-    assert certificate(tmp_path / "with")["public"]["pretraining"]["sha256"] == files_digest(other)
-
-
-def test_the_average_begins_after_it(public, tmp_path):
-    """With private steps too small to move anything, the average is the pretrained model."""
-    output = tmp_path / "run"
-    words = [*QUICK, f"--pretrain.path={public}", "--pretrain.steps=2", "--pretrain.learning_rate=0.1"]
-    assert main(["train", *words, "--recipe.learning_rate=1e-12", f"--output={output}"]) == 0
     raw, ema = (RunFolder.open(output).load_weights(name) for name in ("model", "ema"))
     assert raw["final_layer.linear.bias"].abs().max() > 0.05
     for name, tensor in raw.items():
         torch.testing.assert_close(ema[name], tensor, rtol=0, atol=1e-6)
+
+
+def test_a_folder_of_other_pictures_before_low_rank_updates(tmp_path):
+    """Colour pictures of any size and class; the public steps train what the private ones leave alone."""
+    other, run = class_folders(tmp_path / "fruit", {"apple": 3, "pear": 3}, size=(20, 16)), tmp_path / "run"
+    words = [*QUICK, f"--pretrain.path={other}", "--pretrain.steps=2", "--finetune.mode=lora"]
+    assert main(["train", *words, f"--output={run}"]) == 0
+    public = certificate(run)["public"]
+    assert public["pretraining"]["sha256"] == files_digest(other)
+    weights, base = RunFolder.open(run).load_weights("model"), "final_layer.linear.bias"
+    assert base not in public["fine_tuning"]["parameters"] and weights[base].any()  # it begins at zero
+    assert weights["pos_embed"].equal(position_sinusoids(16, math.isqrt(weights["pos_embed"].shape[1])))
+
+
+def test_the_digest_is_that_of_sha256sum(tmp_path):
+    folder = class_folders(tmp_path / "fruit", {"pear": 2, "apple tree": 1})
+    script = "find . -type f -printf '%P\\0' | LC_ALL=C sort -z | xargs -0 sha256sum | sha256sum"
+    printed = subprocess.run(["bash", "-c", script], cwd=folder, capture_output=True, text=True, check=True).stdout
+    assert files_digest(folder) == printed.split()[0]
 
 
 def interrupt_when(condition):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -50,6 +50,8 @@ class Run:
     data: ImageData
     public: ImageData | None = None
     """What is trained on before anything private, where it is read already."""
+    training: PrivateTraining | None = None
+    """A new run's, where nothing comes before it."""
 
 
 def run(words: Sequence[str]) -> int:
@@ -101,14 +103,13 @@ def _create(options: Options, console: Console) -> Run:
         if options.seed is not None:
             torch.manual_seed(options.seed)
         ready = Run(folder, options, start_model(options, folder), data, public)
-        if has_beginning(options):
-            _private_training(ready, planned_release(options))  # before hours of it: what cannot work is refused
+        training = _private_training(ready, planned_release(options))  # refuses what cannot work, before anything runs
         prepare(options, folder, ready.model, public)
         folder.config.write_text(options.text)
     except BaseException:
         folder.discard()
         raise
-    return ready
+    return ready if has_beginning(options) else replace(ready, training=training)
 
 
 def _open(options: Options, console: Console) -> Run:
@@ -123,8 +124,8 @@ def _open(options: Options, console: Console) -> Run:
 
 def _begin(ready: Run, console: Console) -> PrivateTraining | None:
     """Come to the first private step; None if that was interrupted."""
-    if not has_beginning(ready.options):
-        return _private_training(ready, ())
+    if ready.training is not None:
+        return ready.training
     prior = begin(ready.options, ready.folder, ready.model, ready.data, ready.public, console)
     if prior is None:
         return None
