@@ -56,6 +56,9 @@ OPTIONS = {
         options.train_parser,
         """
         config output resume seed save_every model model.help
+        finetune.from finetune.mode finetune.rank finetune.alpha finetune.targets
+        pretrain.path pretrain.steps pretrain.learning_rate pretrain.batch_size pretrain.labels pretrain.class_names
+        pretrain.num_classes pretrain.skip_broken pretrain.image_column pretrain.label_column
         unet.kind unet.block_out_channels unet.layers_per_block unet.norm_num_groups unet.attention_head_dim
         unet.attention
         data.path data.image_size data.channels data.resize data.crop data.class_names data.num_classes
@@ -155,7 +158,8 @@ def test_commands():
 @pytest.mark.parametrize("command", OPTIONS)
 def test_options(command):
     parser, expected = OPTIONS[command]
-    groups = {"help", "print_config", "data", "privacy", "performance", "recipe", "telemetry", "unet", "warm_up"}
+    named = {"help", "print_config", "data", "privacy", "performance", "recipe", "telemetry", "unet", "warm_up"}
+    groups = {*named, "finetune", "pretrain"}
     assert {action.dest for action in parser()._actions} - groups == set(expected.split()) - groups
 
 

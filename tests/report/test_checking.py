@@ -21,7 +21,8 @@ def certificate(run) -> dict:
 
 def test_the_schema_is_one_and_names_every_field(certificate):
     Draft202012Validator.check_schema(checking.schema())
-    assert set(certificate) == set(checking.schema()["properties"])
+    assert set(certificate) == set(checking.schema()["required"])
+    assert set(certificate) | {"public"} == set(checking.schema()["properties"])
 
 
 def test_a_real_certificate_holds(run, capsys):
@@ -100,6 +101,55 @@ def test_a_release_before_the_steps_is_counted(certificate):
     assert checking.faults(changed | {"epsilon": whole, "planned_epsilon": whole, "target_epsilon": None}) == []
 
 
+def public(**changed):
+    checkpoint = {"path": "/dit.pt", "sha256": {"dit.pt": "0" * 64}, "taken_as_public": "on the word of A"}
+    tuning = {"mode": "lora", "trained_numbers": 5, "all_numbers": 9, "parameters": ["a", "b"]}
+    data = {"path": "hf:photos", "sha256": None, "taken_as_public": "on the word of B"}
+    data |= {"examples": 1000, "labels": False, "steps": 7}
+    return {"public": {"checkpoint": checkpoint, "fine_tuning": tuning, "pretraining": data} | changed}
+
+
+def test_what_was_taken_as_public_is_said(certificate, tmp_path, capsys):
+    file = tmp_path / "one.json"
+    file.write_text(json.dumps(certificate | public()))
+    assert main(["certificate", "check", str(file)]) == 0
+    out = capsys.readouterr().out
+    assert "checkpoint /dit.pt is taken as public, on the word of A." in out
+    assert "1,000 examples of hf:photos are taken as public, on the word of B: 7 steps" in out
+
+
+@pytest.mark.parametrize(
+    ("own", "said"),
+    [(True, "itself, with epsilon 2.5 at delta 1e-05, which this certificate does not add"), (False, "not private")],
+)
+def test_a_checkpoint_with_a_claim_of_its_own(certificate, own, said):
+    holder = public()
+    holder["public"]["checkpoint"]["certificate"] = {
+        "private": own,
+        "epsilon": 2.5,
+        "delta": 1e-5,
+        "dataset_size": 9,
+    }
+    assert checking.faults(certificate | holder) == []
+    assert said in checking.words_of_public(holder)[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (put("public", "fine_tuning", "trained_numbers", 10), "trained_numbers is 10; the model has 9"),
+        (put("public", "fine_tuning", "mode", "prompt"), "public.fine_tuning.mode"),
+        (put("public", "pretraining", "sha256", "12"), "public.pretraining.sha256"),
+        (put("public", "checkpoint", "sha256", {}), "public.checkpoint.sha256"),
+        (lambda certificate: certificate["public"].pop("fine_tuning"), "'fine_tuning' is a required property"),
+    ],
+)
+def test_a_fault_in_what_is_public_is_named(certificate, change, named):
+    changed = certificate | public()
+    change(changed)
+    assert [fault for fault in checking.faults(changed) if named in fault]
+
+
 @pytest.mark.parametrize("text", ["", "[1,", '{"epsilon": NaN}', "\udcff"])
 def test_what_is_no_json(text, tmp_path, capsys):
     file = tmp_path / "one.json"
@@ -121,5 +171,6 @@ def test_the_schema_is_printed(capsys):
 
 def test_the_guide_explains_every_field_in_the_schema_s_words():
     guide = (Path(__file__).parents[2] / "docs" / "certificate.md").read_text()
-    fields = checking.schema()["properties"] | checking.schema()["$defs"]["event"]["properties"]
-    assert [name for name, field in fields.items() if f"| `{name}` | {field['description']} |" not in guide] == []
+    parts = [checking.schema(), *checking.schema()["$defs"].values()]
+    fields = [field for part in parts for field in part["properties"].items()]
+    assert [name for name, field in fields if f"| `{name}` | {field['description']} |" not in guide] == []

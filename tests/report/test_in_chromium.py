@@ -66,6 +66,16 @@ def report(run) -> Path:
     return run / "report.html"  # `dither train` wrote it
 
 
+def test_long_paths_and_digests_of_public_data_fit_a_phone(browser, copy):
+    said = {"path": "/data/" + "x" * 90, "sha256": "0" * 64, "taken_as_public": "on the word of A"}
+    checkpoint = {**said, "sha256": {"dit.pt": "0" * 64}}
+    certificate = json.loads((copy / "certificate.json").read_text())
+    certificate["public"] = {"checkpoint": checkpoint, "pretraining": {**said, "examples": 9, "steps": 7}}
+    (copy / "certificate.json").write_text(json.dumps(certificate))
+    with opened(browser, write_report(copy), PHONE) as page:
+        assert page.evaluate("document.documentElement.scrollWidth") == PHONE
+
+
 @pytest.mark.parametrize("width", [PHONE, DESK])
 def test_every_section_is_there_in_order_and_nothing_is_wider_than_the_screen(browser, report, width):
     with opened(browser, report, width) as page:

@@ -75,6 +75,22 @@ def test_before_the_first_step(copy):
     assert "Nothing was released yet" in words(write_report(copy))
 
 
+def test_what_was_taken_as_public(copy):
+    data = {"path": "hf:photos", "sha256": None, "taken_as_public": "on the word of A", "examples": 1000}
+    tuning = {"mode": "lora", "trained_numbers": 5000, "all_numbers": 90000, "parameters": ["a"]}
+    checkpoint = {"path": "/dit.pt", "sha256": {"dit.pt": "0" * 64}, "taken_as_public": "on the word of A"}
+    data |= {"labels": False, "steps": 7}
+    change(copy, public={"pretraining": data, "fine_tuning": tuning, "checkpoint": checkpoint})
+    said = words(write_report(copy))
+    for expected in (
+        "caution Taken as public. The checkpoint /dit.pt is taken as public, on the word of A",
+        "hf:photos: 1,000 examples",
+        f"/dit.pt (dit.pt: SHA-256 {'0' * 64})",
+        "lora: 5,000 of 90,000 numbers",
+    ):
+        assert expected in said
+
+
 @pytest.mark.parametrize(
     ("values", "expected"),
     [

@@ -64,7 +64,7 @@ def run(words: Sequence[str]) -> int:
     spent = checking.ledger_of(certificate).epsilon(certificate["delta"])
     print(f"It holds: epsilon {certificate['epsilon']:.6g} at delta {certificate['delta']:g}, {NEIGHBOURS}.")
     print(f"Computed again from the ledger: {spent:.6g}.")
-    for note in _notes(certificate):
+    for note in [*_notes(certificate), *checking.words_of_public(certificate)]:
         print(f"Note: {note}")
     return 0
 

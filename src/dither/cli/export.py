@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 from rich.console import Console
 
-from dither.cli.models import run_model
+from dither.cli.models import run_dit
 from dither.cli.outputs import check_new_folder
 from dither.cli.parsing import Formatter, parse
 from dither.cli.reading import read_run_options
-from dither.cli.results import load
 from dither.cli.run_folder import RunFolder
 from dither.errors import CheckpointError, ConfigurationError
 
@@ -70,7 +69,7 @@ def run(words: Sequence[str]) -> int:
 def _to_dit(run_folder: RunFolder, options: Namespace) -> list[str]:
     from dither.diffusion.checkpoints import save_dit
 
-    averaged, raw = _model(run_folder, "ema"), _model(run_folder, "model")
+    averaged, raw = run_dit(run_folder, "ema"), run_dit(run_folder, "model")
     options.folder.mkdir(parents=True, exist_ok=True)
     file = options.folder / "dit.pt"
     save_dit(file, raw, averaged.state_dict())
@@ -83,7 +82,7 @@ def _to_diffusers(run_folder: RunFolder, options: Namespace) -> list[str]:
     from dither.diffusion.recipe import build_process
 
     process = build_process(read_run_options(run_folder.config).recipe)
-    model = _model(run_folder, "ema" if options.weights == "ema" else "model")
+    model = run_dit(run_folder, "ema" if options.weights == "ema" else "model")
     theirs = to_diffusers(model, approximate=options.approximate)
     save_pipeline(options.folder, theirs, process, _autoencoder(options.vae, model.in_channels))
     said = [
@@ -93,18 +92,6 @@ def _to_diffusers(run_folder: RunFolder, options: Namespace) -> list[str]:
     if options.vae is None or process.prediction == "edm":
         said[-1] = f"Open it:\n  import dither.diffusion.pipelines\n  DiTPipeline.from_pretrained('{options.folder}')"
     return said
-
-
-def _model(run_folder: RunFolder, weights: str) -> DiT:
-    from dither.diffusion.dit import DiT
-
-    model = run_model(run_folder)
-    if not isinstance(model, DiT):
-        raise ConfigurationError(
-            f"the run's model is a {type(model).__name__}, not a DiT", fix="export runs of --model dit"
-        )
-    load(model, run_folder.load_weights(weights))
-    return model
 
 
 def _frequencies(model: DiT) -> str:

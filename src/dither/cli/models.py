@@ -2,47 +2,39 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, Namespace
 from torch import nn
 
+from dither.cli.public import ARCHITECTURE, PUBLIC, add_facts, checkpoint_facts, read_facts, trained_parameters_facts
+from dither.cli.reading import read_run_options
+from dither.cli.results import load
 from dither.cli.run_folder import Images, RunFolder
+from dither.diffusion.checkpoints import architecture, load_dit
+from dither.diffusion.dit import DiT
+from dither.diffusion.finetuning import adapt, choose_parameters, merge
+from dither.diffusion.recipe import build_model
 from dither.errors import ConfigurationError, DitherError
 
 if TYPE_CHECKING:
     from dither.cli.options import Options
 
-ModelChoice = Literal["dit", "diffusers_unet"] | nn.Module
-"""What --model may be: a name, or a class path with its arguments, which is not instantiated while options are read."""
 
-
-def find_users_modules() -> None:
-    """Have class paths found beside the place where the command runs, as `python -m` does."""
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
-
-
-def build(options: Options, images: Images) -> nn.Module:
-    """Build the model of the options, freshly initialised.
+def start_model(options: Options, folder: RunFolder) -> nn.Module:
+    """Build the model that a new run begins with; what is public of it is written into the folder.
 
     Raises:
         ConfigurationError: sizes that do not go together, or a model of the user's that does not do what it should.
+        CheckpointError: --finetune.from cannot be read.
     """
-    from dither.diffusion.recipe import build_model
-
-    sizes = images.input_size, images.in_channels, images.num_classes
-    if options.model == "dit":
-        return build_model(options.recipe, *sizes)
-    if options.model == "diffusers_unet":
-        from dither.diffusion.unet import DiffusersUNet
-
-        return DiffusersUNet(options.unet, *sizes)
-    from dither.diffusion.labelled import LabelledModel
-
-    return LabelledModel(_users_model(options.model), *sizes, hides_labels=options.recipe.label_dropout > 0)
+    source, mode = options.finetune_from, options.finetune.mode
+    model = _build(options, folder.images) if source is None else _from_checkpoint(source, options, folder)
+    choose_parameters(model, options.finetune)
+    if source is not None or mode != "full" or options.pretrain.path is not None:
+        add_facts(folder, PUBLIC, {"fine_tuning": trained_parameters_facts(model, mode)})
+    return model
 
 
 def run_model(folder: RunFolder, options: Options | None = None) -> nn.Module:
@@ -53,12 +45,58 @@ def run_model(folder: RunFolder, options: Options | None = None) -> nn.Module:
         options: of its config.yaml; read from there if None.
 
     Raises:
-        RunFolderError: config.yaml is missing or damaged.
+        RunFolderError: config.yaml or model.json is missing or damaged.
         ConfigurationError: a class of the user's is not what it was.
     """
-    from dither.cli.reading import read_run_options
+    options = options or read_run_options(folder.config)
+    settings = read_facts(folder, ARCHITECTURE)
+    model = DiT(**settings) if settings else _build(options, folder.images)
+    choose_parameters(model, options.finetune)
+    return model
 
-    return build(options or read_run_options(folder.config), folder.images)
+
+def run_dit(folder: RunFolder, weights: str) -> DiT:
+    """The DiT of a finished run with its "ema" or "model" weights; low-rank updates are added to their matrices.
+
+    Raises:
+        RunFolderError: the run is not complete, or damaged.
+        ConfigurationError: the run's model is no DiT.
+    """
+    model = run_model(folder)
+    if not isinstance(model, DiT):
+        raise ConfigurationError(
+            f"the model of {folder.path} is a {type(model).__name__}, not a DiT", fix="--model dit"
+        )
+    load(model, folder.load_weights(weights))
+    merge(model)
+    return model
+
+
+def _from_checkpoint(source: Path, options: Options, folder: RunFolder) -> DiT:
+    """The DiT of a checkpoint, fitted to the run's images."""
+    if options.model != "dit":
+        raise ConfigurationError("--finetune.from loads a DiT, and --model is another", fix="leave --model out")
+    public = run_dit(RunFolder.open(source), "ema") if (source / "run.json").is_file() else load_dit(source)
+    images = folder.images
+    model = adapt(
+        public, images.input_size, images.in_channels, images.num_classes, hides_labels=options.recipe.label_dropout > 0
+    )
+    add_facts(folder, ARCHITECTURE, architecture(model))
+    add_facts(folder, PUBLIC, {"checkpoint": checkpoint_facts(source)})
+    return model
+
+
+def _build(options: Options, images: Images) -> nn.Module:
+    sizes = images.input_size, images.in_channels, images.num_classes
+    if options.model == "dit":
+        return build_model(options.recipe, *sizes)
+    if options.model == "diffusers_unet":
+        from dither.diffusion.unet import DiffusersUNet
+
+        return DiffusersUNet(options.unet, *sizes)
+    from dither.diffusion.labelled import LabelledModel
+
+    return LabelledModel(_users_model(options.model), *sizes, hides_labels=options.recipe.label_dropout > 0)
 
 
 def _users_model(choice: Namespace) -> nn.Module:

@@ -11,9 +11,10 @@ from typing import Any, Literal
 
 from jsonargparse import ActionConfigFile, ArgumentParser
 
-from dither.cli.models import ModelChoice
+from dither.cli.model_choice import ModelChoice
 from dither.cli.parsing import Formatter
 from dither.data.preparation import Preparation, Resize
+from dither.diffusion.finetuning import FineTuning
 from dither.diffusion.recipe import Recipe
 from dither.diffusion.unet import UNet
 from dither.telemetry.writers import Telemetry
@@ -29,6 +30,8 @@ examples:
   dither train --config runs/strict/config.yaml         the same options again; add --output to name the new run
   dither train --resume runs/strict                     go on where Ctrl-C or a crash ended it
   dither train --model diffusers_unet                   a U-Net of diffusers; or mymodels.Net, a class of yours
+  dither train --finetune.from dit.pt --finetune.mode lora   from a public DiT; or attention, biases, full
+  dither train --pretrain.path public-photos            first, without noise, on images that are public
   dither train --performance.strategy ghost             another way to the same sums; the claim stays
 
 --epsilon, --delta, --steps, --noise_multiplier, --max_grad_norm, --threads and --strategy are short for the
@@ -99,6 +102,35 @@ class Data:
 
 
 @dataclass(frozen=True)
+class Pretraining:
+    """Ordinary training on a public data set, before anything private. Never name the private one: nothing is noised.
+
+    Args:
+        path: a data set, as --data.path takes it; prepared like the private images, to their side and channels.
+        steps: of Adam; the learning rate falls to zero over them.
+        learning_rate: of the first step.
+        batch_size: images of a step, drawn with replacement.
+        labels: show the public labels, if they are of the private data's classes; by default they are hidden.
+        class_names: as in --data, here of the public data.
+        num_classes: likewise.
+        skip_broken: likewise.
+        image_column: likewise.
+        label_column: likewise.
+    """
+
+    path: str | None = None
+    steps: int = 1000
+    learning_rate: float = 1e-3
+    batch_size: int = 64
+    labels: bool = False
+    class_names: list[str] | None = None
+    num_classes: int | None = None
+    skip_broken: bool = False
+    image_column: str | None = None
+    label_column: str | None = None
+
+
+@dataclass(frozen=True)
 class WarmUp:
     """Noisy means of each class, released once and paid from the same budget, on which the model is trained first.
 
@@ -151,6 +183,9 @@ class Options:
     model: Any
     """A name, or jsonargparse's Namespace of class_path and init_args."""
     unet: UNet
+    finetune_from: Path | None
+    finetune: FineTuning
+    pretrain: Pretraining
     output: Path | None
     resume: Path | None
     seed: int | None
@@ -191,6 +226,15 @@ def train_parser() -> ArgumentParser:
     )
     parser.add_class_arguments(UNet, "unet")
     parser.add_class_arguments(Data, "data")
+    parser.add_argument(
+        "--finetune.from",
+        type=Path | None,
+        default=None,
+        help="a public DiT to begin with: its .pt, a folder of diffusers, or a run; published ones want "
+        "--recipe.prediction epsilon",
+    )
+    parser.add_class_arguments(FineTuning, "finetune")
+    parser.add_class_arguments(Pretraining, "pretrain")
     parser.add_class_arguments(Privacy, "privacy")
     parser.add_class_arguments(WarmUp, "warm_up")
     parser.add_class_arguments(Performance, "performance")

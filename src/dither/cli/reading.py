@@ -10,8 +10,8 @@ from pathlib import Path
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 
-from dither.cli.models import find_users_modules
-from dither.cli.options import SHORT, Options, Performance, train_parser
+from dither.cli.model_choice import find_users_modules
+from dither.cli.options import SHORT, Options, train_parser
 from dither.cli.parsing import parse
 from dither.cli.run_folder import RunFolder
 from dither.diffusion.recipe import Recipe
@@ -86,8 +86,9 @@ def _parse_run_config(parser: ArgumentParser, config: Path, words: Sequence[str]
 
 def _options(parser: ArgumentParser, parsed: Namespace, given: Namespace) -> Options:
     parsed.pop("config", None)
-    if parsed.data.path is not None and Path(parsed.data.path).exists():
-        parsed.data.path = str(Path(parsed.data.path).resolve())  # a resume may run elsewhere
+    for read in (parsed.data, parsed.pretrain):
+        if read.path is not None and Path(read.path).exists():
+            read.path = str(Path(read.path).resolve())  # a resume may run elsewhere
     if parsed.privacy.noise_multiplier is not None:
         if given.get("privacy.epsilon") is not None:
             raise ConfigurationError(
@@ -96,7 +97,7 @@ def _options(parser: ArgumentParser, parsed: Namespace, given: Namespace) -> Opt
         parsed.privacy.epsilon = None
     kept = parsed.clone()
     kept.output = kept.resume = None
-    model = parsed.pop("model")  # built later, after the seed
+    model, source = parsed.pop("model"), parsed.pop("finetune.from")  # built later, after the seed
     made = parser.instantiate(parsed)
     privacy = made.privacy
     recipe = replace(
@@ -105,7 +106,7 @@ def _options(parser: ArgumentParser, parsed: Namespace, given: Namespace) -> Opt
         expected_batch_size=privacy.expected_batch_size,
         max_grad_norm=privacy.max_grad_norm,
     )
-    _check(recipe, made.performance, made.save_every)
+    _check(recipe, made)
     if made.telemetry.samples < 0:
         raise ConfigurationError(f"--telemetry.samples {made.telemetry.samples} is below 0", fix="0 draws none")
     return Options(
@@ -117,6 +118,9 @@ def _options(parser: ArgumentParser, parsed: Namespace, given: Namespace) -> Opt
         telemetry=made.telemetry,
         model=model,
         unet=made.unet,
+        finetune_from=source,
+        finetune=made.finetune,
+        pretrain=made.pretrain,
         output=made.output,
         resume=made.resume,
         seed=made.seed,
@@ -125,7 +129,7 @@ def _options(parser: ArgumentParser, parsed: Namespace, given: Namespace) -> Opt
     )
 
 
-def _check(recipe: Recipe, performance: Performance, save_every: float) -> None:
+def _check(recipe: Recipe, made: Namespace) -> None:
     """Refuse now what would otherwise fail when the model is built, or only after the training."""
     samplers = FLOW_SAMPLERS if recipe.prediction == "flow" else SAMPLERS
     if recipe.sampler not in samplers:
@@ -143,10 +147,14 @@ def _check(recipe: Recipe, performance: Performance, save_every: float) -> None:
     }
     optional = {
         "--privacy.steps": recipe.steps,
-        "--performance.threads": performance.threads,
-        "--performance.memory_budget": performance.memory_budget,
-        "--save_every": save_every,
+        "--performance.threads": made.performance.threads,
+        "--performance.memory_budget": made.performance.memory_budget,
+        "--save_every": made.save_every,
+        "--warm_up.clip_norm": made.warm_up.clip_norm,
     }
+    for group in ("pretrain", "warm_up"):
+        optional |= {f"--{group}.{name}": getattr(made[group], name) for name in ("steps", "learning_rate")}
+    optional["--pretrain.batch_size"] = made.pretrain.batch_size
     for option, value in {**positive, **optional}.items():
         if value is not None and not 0 < value < math.inf:
             raise ConfigurationError(f"{option} {value} is not above 0", fix="give a positive number")

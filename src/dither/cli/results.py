@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dither.cli.data import pictures
+from dither.cli.public import certificate_part
 from dither.cli.run_folder import Images, RunFolder
 from dither.errors import RunFolderError
 
@@ -26,7 +27,7 @@ def write_results(folder: RunFolder, model: nn.Module, training: PrivateTraining
     folder.save_weights("model", raw)
     folder.save_weights("ema", {**raw, **(training.ema or {})})
     certificate = training.certificate()
-    folder.save_certificate(certificate)
+    folder.save_certificate({**certificate, **certificate_part(folder)})
 
 
 def grid_steps(steps: int, count: int) -> tuple[int, ...]:

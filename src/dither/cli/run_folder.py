@@ -8,6 +8,9 @@ tensorboard/        curves               telemetry.json    ids at other services
 samples.png         labelled grid        samples/          grids drawn on the way
 certificate.json    the privacy claim    report.html       all of it on one page
 class_means.safetensors, .png   noisy class means, where the run began with them
+model.json          sizes of a model from a checkpoint
+public.json         what was taken as public: that checkpoint, data for pretraining; and what the private steps train
+beginning.pt        where public training and warm-up stand, until they are done
 """
 
 from __future__ import annotations
@@ -105,6 +108,11 @@ class RunFolder:
         return self.path / "samples" / f"step-{step:05}.png"
 
     @property
+    def beginning(self) -> Path:
+        """Where the training before the private steps stands."""
+        return self.path / "beginning.pt"
+
+    @property
     def class_means(self) -> Path:
         """The release that the model was first trained on."""
         return self.path / "class_means.safetensors"
@@ -163,7 +171,8 @@ class RunFolder:
 
     def discard(self) -> None:
         """Take a folder back that `create` just made."""
-        (self.path / "run.json").unlink(missing_ok=True)
+        for name in ("run.json", "model.json", "public.json", "beginning.pt"):
+            (self.path / name).unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             self.path.rmdir()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,15 +13,17 @@ from typing import TYPE_CHECKING
 import yaml
 from rich.console import Console
 
+from dither.cli.beginning import begin, has_beginning, prepare
 from dither.cli.data import check_same, fit_patches, images_of, read_data
 from dither.cli.interrupts import StopRequest
-from dither.cli.models import build, run_model
+from dither.cli.models import run_model, start_model
 from dither.cli.options import Options
 from dither.cli.progress import TrainingProgress
+from dither.cli.public_data import read_public
 from dither.cli.reading import read_options, with_recipe
 from dither.cli.results import grid_steps, write_results, write_samples
 from dither.cli.run_folder import RunFolder, check_unused
-from dither.cli.warm_up import check_warm_up, warm_up
+from dither.cli.warm_up import planned_release
 from dither.errors import RunFolderError
 from dither.report import write_report
 from dither.telemetry import Writers, check_installed, names
@@ -29,6 +31,8 @@ from dither.telemetry import Writers, check_installed, names
 if TYPE_CHECKING:
     from torch import nn
 
+    from dither.accounting import Event
+    from dither.data import ImageData
     from dither.training import PrivateTraining, Step
 
 INTERRUPTED = 130
@@ -38,12 +42,16 @@ GRID_SEED = 0
 
 @dataclass(frozen=True)
 class Run:
-    """A run ready to take its next step."""
+    """A run with its data and its model, before or after its first step."""
 
     folder: RunFolder
     options: Options
     model: nn.Module
-    training: PrivateTraining
+    data: ImageData
+    public: ImageData | None = None
+    """What is trained on before anything private, where it is read already."""
+    training: PrivateTraining | None = None
+    """A new run's, where nothing comes before it."""
 
 
 def run(words: Sequence[str]) -> int:
@@ -55,19 +63,21 @@ def run(words: Sequence[str]) -> int:
     if options.performance.threads is not None:
         torch.set_num_threads(options.performance.threads)
     console = Console()
-    ready = _resume(options, console) if options.resume is not None else _start(options, console)
+    ready = _open(options, console) if options.resume is not None else _create(options, console)
     folder = ready.folder.path
     console.print(f"Run folder {folder}", highlight=False, soft_wrap=True)
     if options.seed is not None:
         console.print("A seed makes the noise predictable: this run is NOT PRIVATE.", style="bold red")
-    finished = _train(ready, console)
-    write_results(ready.folder, ready.model, ready.training)
-    if not finished:
+    training = _resume(ready) if ready.folder.state.exists() else _begin(ready, console)
+    finished = training is not None and _train(ready, training, console)
+    if training is not None:
+        write_results(ready.folder, ready.model, training)
+    if training is None or not finished:
         write_report(folder)
         console.print(f"Interrupted. Go on with:\n  dither train --resume {folder}", highlight=False, soft_wrap=True)
         return INTERRUPTED
-    write_samples(ready.folder.samples, ready.folder.images, ready.model, options.recipe, ready.training.ema)
-    epsilon, delta = ready.training.epsilon(), options.privacy.delta
+    write_samples(ready.folder.samples, ready.folder.images, ready.model, ready.options.recipe, training.ema)
+    epsilon, delta = training.epsilon(), options.privacy.delta
     console.print(f"Spent epsilon {epsilon:.3f} at delta {delta:g}.", highlight=False)
     console.print(f"Samples {ready.folder.samples}", highlight=False, soft_wrap=True)
     console.print(f"Certificate {ready.folder.certificate}", highlight=False, soft_wrap=True)
@@ -77,85 +87,103 @@ def run(words: Sequence[str]) -> int:
     return 0
 
 
-def _start(options: Options, console: Console) -> Run:
+def _create(options: Options, console: Console) -> Run:
     """Make the folder and everything in memory; nothing is left behind if an option cannot work."""
     import torch
-
-    from dither.diffusion.recipe import build_loss, build_optimizer
-    from dither.training import PrivateTraining
 
     if options.output is not None:
         check_unused(options.output)
     data = read_data(options.data, console)
     images = images_of(data)
-    check_warm_up(options, len(data))
-    if options.model == "dit":
+    if options.model == "dit" and options.finetune_from is None:  # a checkpoint has patches of its own
         options = with_recipe(options, fit_patches(options.recipe, images, console))
+    public = read_public(options, images, console)
     folder = RunFolder.create(options.output or _default_output(images.dataset), images)
     try:
         if options.seed is not None:
             torch.manual_seed(options.seed)
-        model = build(options, images)
-        loss = build_loss(options.recipe, images.num_classes)
-        prior = warm_up(options, folder, data, model, loss, console)
-        optimizer, scheduler = build_optimizer(options.recipe, model)
-        privacy, performance = options.privacy, options.performance
-        training = PrivateTraining(
-            model,
-            optimizer,
-            data,
-            loss,
-            expected_batch_size=privacy.expected_batch_size,
-            steps=privacy.steps,
-            max_grad_norm=privacy.max_grad_norm,
-            delta=privacy.delta,
-            epsilon=privacy.epsilon,
-            noise_multiplier=privacy.noise_multiplier,
-            clipping=privacy.clipping,
-            microbatch_size=performance.microbatch_size,
-            strategy=performance.strategy,
-            memory_budget=performance.memory_budget,
-            rows_per_example=options.recipe.multiplicity,
-            ema_decay=options.recipe.ema_decay,
-            scheduler=scheduler,
-            seed=options.seed,
-            prior=prior,
-        )
+        ready = Run(folder, options, start_model(options, folder), data, public)
+        training = _private_training(ready, planned_release(options))  # refuses what cannot work, before anything runs
+        prepare(options, folder, ready.model, public)
+        folder.config.write_text(options.text)
     except BaseException:
         folder.discard()
         raise
-    folder.config.write_text(options.text)
-    if prior:
-        training.save(folder.state)  # what was released is never released again
-    return Run(folder, options, model, training)
+    return ready if has_beginning(options) else replace(ready, training=training)
 
 
-def _resume(options: Options, console: Console) -> Run:
+def _open(options: Options, console: Console) -> Run:
+    assert options.resume is not None
+    folder = RunFolder.open(options.resume)
+    if not folder.state.exists() and not folder.beginning.exists():
+        raise RunFolderError(f"{folder.path} was stopped before its state was saved", fix="start again: dither train")
+    data = read_data(options.data, console)
+    check_same(folder.images, data)
+    return Run(folder, options, run_model(folder, options), data)
+
+
+def _begin(ready: Run, console: Console) -> PrivateTraining | None:
+    """Come to the first private step; None if that was interrupted."""
+    if ready.training is not None:
+        return ready.training
+    prior = begin(ready.options, ready.folder, ready.model, ready.data, ready.public, console)
+    if prior is None:
+        return None
+    training = _private_training(ready, prior)
+    training.save(ready.folder.state)  # what was released is never released again
+    ready.folder.beginning.unlink()
+    return training
+
+
+def _private_training(ready: Run, prior: tuple[Event, ...]) -> PrivateTraining:
     from dither.diffusion.recipe import build_loss, build_optimizer
     from dither.training import PrivateTraining
 
-    assert options.resume is not None
-    folder = RunFolder.open(options.resume)
-    if not folder.state.exists():
-        raise RunFolderError(f"{folder.path} was stopped before its state was saved", fix="start again: dither train")
-    images, data = folder.images, read_data(options.data, console)
-    check_same(images, data)
-    model = run_model(folder, options)
-    optimizer, scheduler = build_optimizer(options.recipe, model)
-    loss = build_loss(options.recipe, images.num_classes)
-    training = PrivateTraining.resume(folder.state, model, optimizer, data, loss, scheduler=scheduler)
-    performance = options.performance
+    options, images = ready.options, ready.folder.images
+    optimizer, scheduler = build_optimizer(options.recipe, ready.model)
+    privacy, performance = options.privacy, options.performance
+    return PrivateTraining(
+        ready.model,
+        optimizer,
+        ready.data,
+        build_loss(options.recipe, images.num_classes),
+        expected_batch_size=privacy.expected_batch_size,
+        steps=privacy.steps,
+        max_grad_norm=privacy.max_grad_norm,
+        delta=privacy.delta,
+        epsilon=privacy.epsilon,
+        noise_multiplier=privacy.noise_multiplier,
+        clipping=privacy.clipping,
+        microbatch_size=performance.microbatch_size,
+        strategy=performance.strategy,
+        memory_budget=performance.memory_budget,
+        rows_per_example=options.recipe.multiplicity,
+        ema_decay=options.recipe.ema_decay,
+        scheduler=scheduler,
+        seed=options.seed,
+        prior=prior,
+    )
+
+
+def _resume(ready: Run) -> PrivateTraining:
+    from dither.diffusion.recipe import build_loss, build_optimizer
+    from dither.training import PrivateTraining
+
+    optimizer, scheduler = build_optimizer(ready.options.recipe, ready.model)
+    loss = build_loss(ready.options.recipe, ready.folder.images.num_classes)
+    training = PrivateTraining.resume(ready.folder.state, ready.model, optimizer, ready.data, loss, scheduler=scheduler)
+    performance = ready.options.performance
     training.set_performance(
         microbatch_size=performance.microbatch_size,
         strategy=performance.strategy,
         memory_budget=performance.memory_budget,
     )
-    return Run(folder, options, model, training)
+    return training
 
 
-def _train(ready: Run, console: Console) -> bool:
+def _train(ready: Run, training: PrivateTraining, console: Console) -> bool:
     """Take the remaining steps; returns whether the run is complete."""
-    folder, training, options = ready.folder, ready.training, ready.options
+    folder, options = ready.folder, ready.options
     steps, done = training.steps, training.index
     spent = training.epsilon() if done else 0.0
     drawn_after = grid_steps(steps, options.telemetry.samples)

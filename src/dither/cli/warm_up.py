@@ -13,61 +13,42 @@ if TYPE_CHECKING:
     from torch import nn
 
     from dither.accounting import Event
+    from dither.class_means import ClassMeans
     from dither.data import ImageData
-    from dither.diffusion.loss import DiffusionLoss
+    from dither.diffusion.ordinary_training import OrdinaryTraining
 
 
-def check_warm_up(options: Options, examples: int) -> None:
-    """Refuse, before anything is released, a warm-up after which no noise would meet the budget.
-
-    Args:
-        options: of the run.
-        examples: in the data set.
+def planned_release(options: Options) -> tuple[Event, ...]:
+    """What the warm-up will cost, for a ledger; nothing without one.
 
     Raises:
-        BudgetError: the release alone spends epsilon.
-        ConfigurationError: one of its options cannot work.
+        ConfigurationError: a sample rate or noise multiplier that cannot be.
     """
-    from dither.accounting import noise_multiplier_for
-
-    privacy = options.privacy
-    if options.warm_up.draws and privacy.epsilon is not None:
-        rate = min(1.0, privacy.expected_batch_size / examples)
-        noise_multiplier_for(privacy.epsilon, privacy.delta, rate, privacy.steps, _events(options))
-
-
-def _events(options: Options) -> tuple[Event, ...]:
     from dither.accounting import CLASS_MEANS, Event, Ledger
-
-    chosen = options.warm_up
-    return Ledger([Event(chosen.sample_rate, chosen.noise_multiplier, chosen.draws, CLASS_MEANS)]).events
-
-
-def warm_up(
-    options: Options, folder: RunFolder, data: ImageData, model: nn.Module, loss: DiffusionLoss, console: Console
-) -> tuple[Event, ...]:
-    """Release noisy class means into the run folder, once, and train the model on them.
-
-    Guarantee: the release is `dither.class_means.release_class_means`'s; training on it is post-processing.
-
-    Args:
-        options: of the run; `warm_up.draws` 0 does nothing.
-        folder: of the run; it holds no release yet.
-        data: the private images.
-        model: changed in place.
-        loss: as in the private training.
-        console: says what is done.
-
-    Returns:
-        What was released, for the run's ledger.
-    """
-    from dither.class_means import release_class_means
-    from dither.diffusion.grid import save_grid
-    from dither.diffusion.pretraining import pretrain
 
     chosen = options.warm_up
     if not chosen.draws:
         return ()
+    return Ledger([Event(chosen.sample_rate, chosen.noise_multiplier, chosen.draws, CLASS_MEANS)]).events
+
+
+def release_means(options: Options, folder: RunFolder, data: ImageData, console: Console) -> ClassMeans:
+    """Release noisy class means into the run folder, or read them where that was done before.
+
+    Guarantee: that of `dither.class_means.release_class_means`; a folder holds one release, and a resume takes it.
+
+    Args:
+        options: of the run; `warm_up.draws` is above 0.
+        folder: of the run.
+        data: the private images.
+        console: says what is done.
+    """
+    from dither.class_means import ClassMeans, release_class_means
+    from dither.diffusion.grid import save_grid
+
+    if folder.class_means.exists():
+        return ClassMeans.load(folder.class_means)
+    chosen = options.warm_up
     means = release_class_means(
         data,
         num_classes=folder.images.num_classes,
@@ -83,5 +64,29 @@ def warm_up(
     if folder.images.latents is None:
         save_grid(means.images, means.labels, folder.class_means.with_suffix(".png"))
     console.print(f"Warm-up: {len(means.images)} noisy class means, paid from the budget.", highlight=False)
-    pretrain(model, means.images, means.labels, loss, steps=chosen.steps, learning_rate=chosen.learning_rate)
-    return means.events
+    return means
+
+
+def warm_up_training(options: Options, folder: RunFolder, model: nn.Module, means: ClassMeans) -> OrdinaryTraining:
+    """The steps on the released means: of the parameters that the private steps train."""
+    from dither.data.image_data import Held, ImageData
+    from dither.diffusion.ordinary_training import OrdinaryTraining
+    from dither.diffusion.recipe import build_loss
+
+    images, chosen = folder.images, options.warm_up
+    data = ImageData(
+        Held(means.images),
+        means.labels,
+        name="class means",
+        class_names=images.class_names,
+        image_size=images.input_size,
+        channels=images.in_channels,
+    )
+    return OrdinaryTraining(
+        model,
+        [parameter for parameter in model.parameters() if parameter.requires_grad],
+        data,
+        build_loss(options.recipe, images.num_classes),
+        steps=chosen.steps,
+        learning_rate=chosen.learning_rate,
+    )

@@ -126,7 +126,7 @@ def architecture(model: DiT) -> dict[str, Any]:
         "class_dropout_prob": model.y_embedder.dropout_prob if table.num_embeddings > model.num_classes else 0.0,
         "num_classes": model.num_classes,
         "learn_sigma": model.learn_sigma,
-        "position": "learned" if model.pos_embed.requires_grad else "sincos",
+        "position": model.position,
         "frequency_shift": model.t_embedder.frequency_shift,
         "norm2_eps": block.norm2.eps,
     }

@@ -137,6 +137,7 @@ class DiT(nn.Module):
         self.x_embedder = PatchEmbedder(input_size, patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size, frequency_shift=frequency_shift)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
+        self.position = position
         table = position_sinusoids(hidden_size, self.x_embedder.grid_size)
         # A fixed table stays a Parameter, as published, so that optimizers skip it and state dicts hold it.
         self.pos_embed = nn.Parameter(table.to(self.x_embedder.proj.weight.device), requires_grad=position == "learned")

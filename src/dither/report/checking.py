@@ -49,7 +49,12 @@ def ledger_of(certificate: Mapping[str, Any]) -> Ledger:
 def faults(certificate: Any) -> list[str]:
     """Everything that is wrong with a certificate, in words; empty if its claim holds."""
     found = list(_faults_of_form(certificate))
-    return found or [*_faults_of_claim(certificate), *_faults_of_plan(certificate), *_faults_of_epsilon(certificate)]
+    return found or [
+        *_faults_of_claim(certificate),
+        *_faults_of_plan(certificate),
+        *_faults_of_public(certificate),
+        *_faults_of_epsilon(certificate),
+    ]
 
 
 def _faults_of_form(certificate: Any) -> Iterator[str]:
@@ -92,6 +97,12 @@ def _faults_of_plan(certificate: Mapping[str, Any]) -> Iterator[str]:
                 yield f"gradient event {index} has {name} {event[name]}; {field} is {certificate[field]}"
 
 
+def _faults_of_public(certificate: Mapping[str, Any]) -> Iterator[str]:
+    tuning = certificate.get("public", {}).get("fine_tuning")
+    if tuning and tuning["trained_numbers"] > tuning["all_numbers"]:
+        yield f"trained_numbers is {tuning['trained_numbers']}; the model has {tuning['all_numbers']} numbers"
+
+
 def _faults_of_epsilon(certificate: Mapping[str, Any]) -> Iterator[str]:
     delta, stated = certificate["delta"], certificate["epsilon"]
     spent = ledger_of(certificate).epsilon(delta)
@@ -106,6 +117,27 @@ def _faults_of_epsilon(certificate: Mapping[str, Any]) -> Iterator[str]:
     target = certificate["target_epsilon"]
     if target is not None and stated_plan > target * (1 + _SAME):
         yield f"planned_epsilon {stated_plan:.6g} is above target_epsilon {target:g}"
+
+
+def words_of_public(certificate: Mapping[str, Any]) -> list[str]:
+    """Each thing that a certificate takes as public, in a sentence that says on what its claim then rests."""
+    public = certificate.get("public", {})
+    found = []
+    if checkpoint := public.get("checkpoint"):
+        words = f"The checkpoint {checkpoint['path']} is taken as public, {checkpoint['taken_as_public']}"
+        own = checkpoint.get("certificate")
+        if own and own["private"]:
+            claim = f"epsilon {own['epsilon']:.6g} at delta {own['delta']:g}"
+            words += f"; it was trained privately itself, with {claim}, which this certificate does not add"
+        elif own:
+            words += "; its own certificate says that it is not private"
+        found.append(words + ".")
+    if data := public.get("pretraining"):
+        found.append(
+            f"The {data['examples']:,} examples of {data['path']} are taken as public, {data['taken_as_public']}: "
+            f"{data['steps']:,} steps on them had no noise."
+        )
+    return found
 
 
 def _event(event: Mapping[str, Any], count: int) -> Event:

@@ -35,6 +35,7 @@ def cost_of(contents: Contents, *, public: bool) -> list[Row]:
 def _plan(certificate: Mapping[str, Any]) -> list[Row]:
     expected, size = certificate["expected_batch_size"], certificate["dataset_size"]
     return [
+        *_public(certificate.get("public", {})),
         Row("Steps", f"{certificate['steps_done']:,} of {certificate['steps_planned']:,}"),
         Row(
             "Expected batch", f"{expected:,.6g} of {size:,} examples: each joins with probability {expected / size:.4g}"
@@ -46,6 +47,21 @@ def _plan(certificate: Mapping[str, Any]) -> list[Row]:
         Row("Noise multiplier", f"{certificate['noise_multiplier']:.4g}"),
         Row("Versions", ", ".join(f"{name} {version}" for name, version in certificate["versions"].items())),
     ]
+
+
+def _public(public: Mapping[str, Any]) -> list[Row]:
+    rows = []
+    if checkpoint := public.get("checkpoint"):
+        digests = ", ".join(f"{name}: SHA-256 {digest}" for name, digest in checkpoint["sha256"].items())
+        rows.append(Row("Checkpoint, taken as public", f"{checkpoint['path']} ({digests})"))
+    if data := public.get("pretraining"):
+        digest = f", SHA-256 {data['sha256']}" if data["sha256"] else ""
+        rows.append(Row("Data set, taken as public", f"{data['path']}: {data['examples']:,} examples{digest}"))
+        rows.append(Row("Public steps, without noise", f"{data['steps']:,}"))
+    if tuning := public.get("fine_tuning"):
+        share = f"{tuning['trained_numbers']:,} of {tuning['all_numbers']:,} numbers"
+        rows.append(Row("Trained in private", f"{tuning['mode']}: {share}"))
+    return rows
 
 
 def _options(config: Mapping[str, Any]) -> list[Row]:

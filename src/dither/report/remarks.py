@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from dither.report.checking import words_of_public
 from dither.report.contents import Contents
 from dither.telemetry.names import EPSILON
 
@@ -79,6 +80,12 @@ def _of_certificate(contents: Contents, certificate: Mapping[str, Any]) -> Itera
             "Delta is large",
             f"Delta {certificate['delta']:g} is not below 1 / {certificate['dataset_size']:,}: publishing one "
             "example at random would meet such a delta.",
+        )
+    if public := words_of_public(certificate):
+        yield Remark(
+            "caution",
+            "Taken as public",
+            f"{' '.join(public)} Nothing here protects the people in it, even if they are in the private data too.",
         )
     if certificate["resumed"]:
         times = "once" if certificate["resumed"] == 1 else f"{certificate['resumed']} times"

@@ -1,0 +1,135 @@
+"""What a run does before its private steps: first the public training, then the warm-up on noisy class means.
+
+beginning.pt   where it stands: the part, its weights and optimizer; until the private steps' state takes its place
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+
+from dither.cli.interrupts import StopRequest
+from dither.cli.public import PUBLIC, add_facts
+from dither.cli.public_data import public_facts, public_training, read_public
+from dither.cli.warm_up import release_means, warm_up_training
+from dither.errors import RunFolderError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from dither.accounting import Event
+    from dither.cli.options import Options
+    from dither.cli.run_folder import RunFolder
+    from dither.data import ImageData
+    from dither.diffusion.ordinary_training import OrdinaryTraining
+
+START, PUBLIC_STEPS, WARM_UP = "start", "public", "warm-up"
+_LINES = 10
+
+
+def has_beginning(options: Options) -> bool:
+    """Whether a run trains before its private steps."""
+    return options.pretrain.path is not None or options.warm_up.draws > 0
+
+
+def prepare(options: Options, folder: RunFolder, model: nn.Module, public: ImageData | None) -> None:
+    """Write into a new run folder what its beginning starts with, and which data it takes as public.
+
+    Args:
+        options: of the run.
+        folder: of the run.
+        model: as it was built or loaded.
+        public: as `read_public` gave it.
+    """
+    if public is not None:
+        add_facts(folder, PUBLIC, {"pretraining": public_facts(public, options.pretrain)})
+    if has_beginning(options):
+        _write(folder, {"part": START, "model": model.state_dict()})
+
+
+def begin(
+    options: Options,
+    folder: RunFolder,
+    model: nn.Module,
+    data: ImageData,
+    public: ImageData | None,
+    console: Console,
+) -> tuple[Event, ...] | None:
+    """Train on the public data set and on noisy class means, from where `beginning.pt` stands.
+
+    Guarantee: the release of the class means is `dither.class_means.release_class_means`'s, and is made once for a run
+    folder; training on it is post-processing, and on public data costs nothing. Whether data is public is not checked.
+
+    Args:
+        options: of the run.
+        folder: of the run, after `prepare`.
+        model: changed in place.
+        data: the private images.
+        public: the public ones; read again where they are None and needed.
+        console: where progress is shown.
+
+    Returns:
+        What was released, for the run's ledger; None if it was interrupted, to be resumed.
+
+    Raises:
+        RunFolderError: `beginning.pt` is damaged.
+    """
+    state = _read(folder)
+    model.load_state_dict(state["model"])
+    if options.pretrain.path is not None and state["part"] != WARM_UP:
+        public = public or read_public(options, folder.images, console)
+        assert public is not None
+        if not _train(public_training(options, model, public), PUBLIC_STEPS, state, options, folder, console):
+            return None
+    if not options.warm_up.draws:
+        return ()
+    means = release_means(options, folder, data, console)
+    if not _train(warm_up_training(options, folder, model, means), WARM_UP, state, options, folder, console):
+        return None
+    return means.events
+
+
+def _train(
+    training: OrdinaryTraining, part: str, state: dict[str, Any], options: Options, folder: RunFolder, console: Console
+) -> bool:
+    """Take the remaining steps of a part; False if it was asked to stop."""
+    if state["part"] == part:
+        training.load_state_dict(state)
+    last_save = time.monotonic()
+    shown = {1, *(training.steps * line // _LINES for line in range(1, _LINES + 1))}
+    with StopRequest() as stop:
+        while training.index < training.steps and not stop.wanted:
+            loss = training.step()
+            if training.index in shown:
+                console.print(f"{part} step {training.index}/{training.steps}  loss {loss:.4f}", highlight=False)
+            if time.monotonic() - last_save >= options.save_every:
+                _write(folder, {"part": part, **training.state_dict()})
+                last_save = time.monotonic()
+        _write(folder, {"part": part, **training.state_dict()})
+    return not stop.wanted
+
+
+def _read(folder: RunFolder) -> dict[str, Any]:
+    if not folder.beginning.exists():
+        raise RunFolderError(f"{folder.path} was stopped before its state was saved", fix="start again: dither train")
+    try:
+        state: dict[str, Any] = torch.load(folder.beginning, map_location="cpu", weights_only=True)
+        return {"part": state["part"], "model": state["model"], **state}
+    except Exception as error:  # a damaged file fails in as many ways as there are readers
+        raise RunFolderError(
+            f"{folder.beginning} is damaged: {error}", fix="restore it from a copy, or start again: dither train"
+        ) from error
+
+
+def _write(folder: RunFolder, state: dict[str, Any]) -> None:
+    """Write where the beginning stands; a crash leaves what was written before."""
+    temporary = folder.beginning.with_suffix(".part")
+    with temporary.open("wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, folder.beginning)
