@@ -138,7 +138,7 @@ def test_rows_picked_from_data_alone_are_decided_once(prediction):
     model = dit("DiT-digits", input_size=8, in_channels=1, num_classes=10, learn_sigma=False)
     loss = DiffusionLoss(Process(prediction=prediction), multiplicity=2, num_classes=10)
     batch, decided = (torch.randn(B, 1, 8, 8), torch.arange(B)), []
-    for step in range(8):
+    for _ in range(8):
         passes = 0
 
         def count(gradient):
