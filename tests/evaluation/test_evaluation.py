@@ -81,3 +81,9 @@ def test_private_scores_of_the_same_images_add_up():
     assert 1.2 < second.epsilon < 2.0
     with pytest.raises((BudgetError, ConfigurationError)):
         private_score(300, 360, 0.0, 1e-5)
+
+
+def test_a_fixed_number_of_passes_is_no_warning(real, recwarn):
+    (images, labels), (test, test_labels) = real
+    evaluation.score("MLP", images[:200], labels[:200], test, test_labels, 10)
+    assert not [str(one.message) for one in recwarn if "converge" in str(one.message)]

@@ -5,6 +5,7 @@ Settings are fixed and public: nothing is chosen by looking at the real images. 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -96,10 +97,13 @@ def _cnn(images: Tensor, labels: Tensor, test: Tensor, classes: int) -> Tensor:
 
 def _scikit(make: Callable[[], object]) -> Callable[[Tensor, Tensor, Tensor, int], Tensor]:
     def predicted(images: Tensor, labels: Tensor, test: Tensor, classes: int) -> Tensor:
+        from sklearn.exceptions import ConvergenceWarning
         from sklearn.pipeline import make_pipeline
         from sklearn.preprocessing import StandardScaler
 
-        fitted = make_pipeline(StandardScaler(), make()).fit(images.flatten(1).numpy(), labels.numpy())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)  # the number of passes is a fixed setting
+            fitted = make_pipeline(StandardScaler(), make()).fit(images.flatten(1).numpy(), labels.numpy())
         return torch.as_tensor(np.asarray(fitted.predict(test.flatten(1).numpy())))
 
     return predicted
