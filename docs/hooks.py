@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
+import json
 import os
 import re
 import sys
@@ -33,6 +34,8 @@ def on_files(files: Files, config: MkDocsConfig, **_: Any) -> Files:
     files.append(File.generated(config, "commands.md", content=commands_page()))
     for module in MODULES:
         files.append(File.generated(config, f"api/{module}.md", content=api_page(module)))
+    for notebook in sorted((ROOT / "docs" / "notebooks").glob("*.ipynb")):
+        files.append(File.generated(config, f"notebooks/{notebook.stem}.md", content=notebook_page(notebook)))
     return files
 
 
@@ -86,6 +89,18 @@ def command_help(name: str) -> str:
     if not printed.getvalue().strip():
         raise RuntimeError(f"dither {name} --help printed nothing")
     return printed.getvalue().rstrip()
+
+
+def notebook_page(notebook: Path) -> str:
+    """The cells of a notebook as a page, with a link to the file; it is kept without outputs."""
+    title, *rest = json.loads(notebook.read_text())["cells"]
+    parts = ["".join(title["source"]), f"This page is a notebook: [{notebook.name}]({notebook.name}). CI runs it."]
+    for cell in rest:
+        text = "".join(cell["source"])
+        if cell["cell_type"] == "code":
+            text = f"```{'sh' if text.startswith('%%bash') else 'python'}\n{text}\n```"
+        parts.append(text)
+    return "\n\n".join(parts) + "\n"
 
 
 def api_page(module: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import importlib
+import json
 import re
 import shlex
 import subprocess
@@ -87,6 +88,15 @@ def test_commands_in_the_guides_parse(document, monkeypatch):
 def _long(command: str, words: list[str]) -> list[str]:
     """The words with `dither train`'s short options spelled out, as the command reads them."""
     return [SHORT.get(word, word) for word in words] if command == "train" else words
+
+
+@pytest.mark.parametrize("notebook", sorted((ROOT / "docs" / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
+def test_notebooks_are_pages_and_can_be_taken(site, notebook):
+    page = html.unescape(re.sub(r"<[^>]+>", "", (site / "notebooks" / notebook.stem / "index.html").read_text()))
+    code = [cell["source"] for cell in json.loads(notebook.read_text())["cells"] if cell["cell_type"] == "code"]
+    assert code
+    assert all(lines[-1].strip() in page for lines in code)
+    assert (site / "notebooks" / notebook.name).read_bytes() == notebook.read_bytes()
 
 
 def test_opacus_page_tells_whose_names_they_are(site):
