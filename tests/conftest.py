@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-torch.set_num_threads(1)
+from seeding import seed_only_what_is_there
+
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "rules")]
+torch.set_num_threads(1)
+seed_only_what_is_there()
 
 
 @pytest.fixture

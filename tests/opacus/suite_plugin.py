@@ -12,6 +12,7 @@ import pytest
 from hypothesis import settings
 
 import dither.opacus
+from seeding import seed_only_what_is_there
 
 FUNCTORCH = (
     "pins a private detail: layers without a grad sampler get the attribute ft_compute_sample_grad; nothing is "
@@ -50,6 +51,7 @@ EXCEPTIONS = {
 
 
 def pytest_configure(config):
+    seed_only_what_is_there()
     dither.opacus.install()
     # Opacus's tests leave the number of drawn examples to hypothesis, which takes 100; EXAMPLES=100 does as they do.
     settings.register_profile("suite", max_examples=int(os.environ.get("EXAMPLES", "10")))
