@@ -5,10 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import math
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,22 +18,30 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dither.opacus
+import forks
 import oracle
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 B = 6
-SHORT = ["--epochs=1", "--batch-size=450"]  # four steps
+SHORT = ["--epochs=1", "--batch-size=125"]  # four steps
+FIRST_DIGITS = """
+import sklearn.datasets
+digits = sklearn.datasets.load_digits()
+for name in ("data", "images", "target"):
+    digits[name] = digits[name][:500]
+sklearn.datasets.load_digits = lambda: digits
+"""
+"""Before each script: the data it loads, shortened."""
 RESULT = re.compile(r"loss (\S+) \(not private\), epsilon (\S+) at delta (\S+)$", re.MULTILINE)
 
 
-def run(*words: str) -> str:
-    """What a script prints, run by this Python in a process of its own."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, *words], cwd=EXAMPLES, env=environment, capture_output=True, text=True, timeout=240
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+@pytest.fixture(scope="module")
+def programs() -> Iterator[forks.Server]:
+    """Forks the scripts; torch and the libraries that they import are imported once."""
+    libraries = ("opacus", "torch._dynamo", "sklearn.datasets", "transformers.models.bert", "diffusers.models.unets")
+    server = forks.Server(*libraries, environment={"HF_HUB_OFFLINE": "1"})
+    yield server
+    server.close()
 
 
 @pytest.mark.slow
@@ -52,8 +57,10 @@ def run(*words: str) -> str:
         pytest.param(["accelerate_loop.py", *SHORT], id="accelerate_loop"),
     ],
 )
-def test_runs(words):
-    printed = run(*words)
+def test_runs(words, programs):
+    done = programs.run(*words, cwd=EXAMPLES, before=FIRST_DIGITS)
+    assert done.returncode == 0, done.stderr[-3000:]
+    printed = done.stdout
     results = RESULT.findall(printed)
     assert len(results) == 1, printed
     loss, epsilon, delta = map(float, results[0])

@@ -2,10 +2,10 @@
 
 The scripts come from Opacus's source distribution, of the version that is installed; nothing of them is kept here.
 Each runs as a process of its own, with its own options, on the small data of `example_data`. What a script cannot be
-told by an option goes into a `sitecustomize` module on that process's path, for stock Opacus and for dither alike: a
-seed; the checksums of the stand-in for CIFAR-10, because torchvision accepts no others than the original's; and where
-torchvision comes from PyPI, built for CUDA, beside a CPU build of torch, the names of two compiled operators that it
-misses at import and that no script uses.
+told by an option is done before it in that process, for stock Opacus and for dither alike: a seed; the checksums of the
+stand-in for CIFAR-10, because torchvision accepts no others than the original's; and where torchvision comes from PyPI,
+built for CUDA, beside a CPU build of torch, the names of two compiled operators that it misses at import and that no
+script uses.
 """
 
 from __future__ import annotations
@@ -16,11 +16,14 @@ import re
 import subprocess
 import sys
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import example_data
 import opacus
 import pytest
+
+import forks
 
 SCRIPTS = ("mnist.py", "cifar10.py", "dcgan.py", "char-lstm-classification.py")
 EXAMPLES = 300
@@ -72,26 +75,27 @@ def download(version: str, folder: Path) -> Path:
     return found[0]
 
 
+@pytest.fixture(scope="module")
+def programs() -> Iterator[forks.Server]:
+    """Forks the scripts; torch and stock Opacus are imported once, dither only where it is asked for."""
+    # The character example numbers its labels in the order of a set.
+    environment = {"PYTHONHASHSEED": "0", "PYTHONUTF8": "1"}
+    server = forks.Server("opacus", "torch._dynamo", environment=environment)
+    yield server
+    server.close()
+
+
 @pytest.fixture
-def run(scripts, tmp_path):
+def run(scripts, programs, tmp_path):
     """Run a script with stock Opacus or with dither, in an empty folder; return what it wrote to stdout and stderr."""
 
     def run(how: str, script: str, *options: str, before: str) -> tuple[str, str]:
         folder = tmp_path / how
-        (folder / "site").mkdir(parents=True)
-        (folder / "site" / "sitecustomize.py").write_text(before)
-        environment = {
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(filter(None, [str(folder / "site"), os.environ.get("PYTHONPATH")])),
-            "PYTHONHASHSEED": "0",  # the character example numbers its labels in the order of a set
-            "PYTHONUTF8": "1",
-            "OMP_NUM_THREADS": "1",
-            "MKL_NUM_THREADS": "1",
-        }
+        folder.mkdir()
         module = ["-m", "dither.opacus"] if how == "dither" else []
-        command = [sys.executable, *module, str(scripts / script), *options]
-        ended = subprocess.run(command, capture_output=True, encoding="utf-8", env=environment, cwd=folder, timeout=120)
-        assert ended.returncode == 0, f"{' '.join(command)}\n{ended.stdout}\n{ended.stderr}"
+        words = [*module, str(scripts / script), *options]
+        ended = programs.run(*words, cwd=folder, before=before)
+        assert ended.returncode == 0, f"{' '.join(words)}\n{ended.stdout}\n{ended.stderr}"
         return ended.stdout, ended.stderr
 
     return run
