@@ -40,10 +40,10 @@ class Server:
         environment: Mapping[str, str] | None = None,
         before: str = "",
     ) -> subprocess.CompletedProcess[str]:
-        """What `python WORDS` does: a script's path or `-m` and a module, and its arguments.
+        """What `python WORDS` does: a script's path, `-m` and a module, or `-c` and code, and its arguments.
 
         Args:
-            words: of the command line.
+            words: of the command line, without options of Python's own.
             cwd: the folder it runs in.
             environment: added to the server's.
             before: code that runs before the program, as a `sitecustomize` would.
@@ -100,7 +100,10 @@ def become(request: dict) -> None:
     os.environ.update(request["environment"])
     exec(request["before"], {"__name__": "sitecustomize"})
     first, *rest = request["words"]
-    if first == "-m":
+    if first == "-c":
+        sys.argv, sys.path[0] = ["-c", *rest[1:]], request["cwd"]
+        exec(compile(rest[0], "<string>", "exec"), {"__name__": "__main__"})
+    elif first == "-m":
         sys.argv, sys.path[0] = rest, request["cwd"]
         runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
     else:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -37,7 +34,7 @@ def test_unet_of_diffusers(kind, tmp_path):
     assert grid.exists()
 
 
-def test_class_of_the_user_in_a_yaml(tmp_path):
+def test_class_of_the_user_in_a_yaml(programs, tmp_path):
     """A real process, in the folder where the class lies, and another when it is gone."""
     (tmp_path / "users_models.py").write_bytes(USER.read_bytes())
     (tmp_path / "net.yaml").write_text(
@@ -48,9 +45,7 @@ def test_class_of_the_user_in_a_yaml(tmp_path):
     )
 
     def dither(*words):
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "dither", *words]
-        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        return programs.run("-m", "dither", *words, cwd=tmp_path)
 
     trained = dither("train", "--config", "net.yaml", "--output", "run")
     assert trained.returncode == 0, trained.stderr

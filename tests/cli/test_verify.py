@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -137,16 +135,20 @@ def models(tmp_path_factory) -> Path:
     return file
 
 
-def process(*words: object, folder: Path | None = None) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "80"}
-    command = [sys.executable, "-m", "dither", "verify", *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder, env=environment)
+@pytest.fixture
+def process(programs):
+    """Run `dither verify` in a process of its own."""
+
+    def run(*words: object, folder: Path | None = None) -> subprocess.CompletedProcess:
+        return programs.run("-m", "dither", "verify", *map(str, words), cwd=folder, environment={"COLUMNS": "80"})
+
+    return run
 
 
 # --- exact ----------------------------------------------------------------------------------------
 
 
-def test_a_model_of_several_inputs(models):
+def test_a_model_of_several_inputs(process, models):
     done = process("models.py:with_loss", folder=models.parent)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
@@ -169,7 +171,7 @@ def test_a_model_of_several_inputs(models):
 
 
 @pytest.mark.slow
-def test_a_model_of_diffusers_in_json(models):
+def test_a_model_of_diffusers_in_json(process, models):
     done = process(f"{models}:unet", "--json", "--strategy=ghost", "--mode=eval")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
@@ -183,7 +185,7 @@ def test_a_model_of_diffusers_in_json(models):
     assert use["operation"] == "conv2d" and use["axis"] == 0 and use["rows_per_example"] == 1
 
 
-def test_a_run_folder(finished_run):
+def test_a_run_folder(process, finished_run):
     done = process(finished_run, "--examples=3", "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
@@ -250,7 +252,7 @@ def test_the_precision_of_the_process_is_left_alone(verified):
 # --- not exact, or refused ------------------------------------------------------------------------
 
 
-def test_batch_normalisation_is_refused_with_the_fix(models):
+def test_batch_normalisation_is_refused_with_the_fix(process, models):
     done = process(f"{models}:batch_norm")
     assert done.returncode == 1
     assert "refused: The batch normalisation of a tensor of shape (4, 4, 4, 4)" in done.stdout
@@ -288,7 +290,7 @@ def test_a_loss_that_is_not_one_an_example_is_refused(verified):
 # --- cannot work ----------------------------------------------------------------------------------
 
 
-def test_a_factory_that_raises_as_a_process(models):
+def test_a_factory_that_raises_as_a_process(process, models):
     done = process(f"{models}:raises")
     line = MODELS.splitlines().index('    raise ValueError("the data are elsewhere")') + 1
     assert done.returncode == 2 and done.stdout == ""
@@ -345,7 +347,7 @@ def test_a_bad_option_is_named(word, failure, models):
 
 
 @pytest.mark.slow
-def test_the_guide_runs(tmp_path, capsys):
+def test_the_guide_runs(process, tmp_path, capsys):
     text = GUIDE.read_text()
     python = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
     lines = [line.partition("#")[0] for line in text.splitlines()]

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from dither.opacus import DifferentiallyPrivateDistributedDataParallel, PrivacyEngine
 
 WORLD, N, STEPS = 2, 16, 3
+mp.set_forkserver_preload(["dither.opacus"])  # once for all the processes, each of which is forked from there
 
 
 class TwoInputs(nn.Module):
@@ -70,7 +71,8 @@ def test_two_processes_train_as_one(mode, wrapper, tmp_path):
     train(model, x, t, mode, slice(None))
     with mp.Manager() as manager:
         results = manager.dict()
-        mp.spawn(worker, (f"file://{tmp_path / 'store'}", mode, wrapper, results), nprocs=WORLD)
+        arguments = (f"file://{tmp_path / 'store'}", mode, wrapper, results)
+        mp.start_processes(worker, arguments, nprocs=WORLD, start_method="forkserver")
         for rank in range(WORLD):
             for name, parameter in model.named_parameters():
                 assert (parameter - start[name]).abs().max() > 1e-4

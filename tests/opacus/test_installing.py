@@ -36,10 +36,10 @@ def works(kind):
 """
 
 
-def run(code: str, *arguments: str, **options) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, *arguments, "-c", MODEL + textwrap.dedent(code)], capture_output=True, text=True, **options
-    )
+@pytest.fixture
+def run(programs):
+    """Run code in a process that has imported neither library yet."""
+    return lambda code: programs.run("-c", MODEL + textwrap.dedent(code))
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def run(code: str, *arguments: str, **options) -> subprocess.CompletedProcess:
     ],
     ids=["before", "after", "in a function", "by module, and undone"],
 )
-def test_any_import_order(code):
+def test_any_import_order(run, code):
     result = run(code)
     assert result.returncode == 0, result.stderr
 
@@ -167,8 +167,10 @@ if __name__ == "__main__":
 )
 
 
-def main(*arguments: str, cwd=None) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "dither.opacus", *arguments], capture_output=True, text=True, cwd=cwd)
+@pytest.fixture
+def main(programs):
+    """Run `python -m dither.opacus`."""
+    return lambda *arguments, cwd=None: programs.run("-m", "dither.opacus", *arguments, cwd=cwd)
 
 
 def test_a_script_runs_unmodified(tmp_path):
@@ -176,19 +178,20 @@ def test_a_script_runs_unmodified(tmp_path):
     (tmp_path / "scripts" / "beside.py").write_text("")
     script = tmp_path / "scripts" / "train.py"
     script.write_text("import beside\n" + SCRIPT)
-    result = main("scripts/train.py", "--epochs", "3", cwd=tmp_path)
+    command = [sys.executable, "-m", "dither.opacus", "scripts/train.py", "--epochs", "3"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 3, result.stderr
     assert result.stdout.split() == ["works", f"['{script}',", "'--epochs',", "'3']", str(script)]
 
 
-def test_a_module_runs_unmodified(tmp_path):
+def test_a_module_runs_unmodified(main, tmp_path):
     (tmp_path / "package").mkdir()
     (tmp_path / "package" / "train.py").write_text(SCRIPT)
     result = main("-m", "package.train", "--epochs", "0", cwd=tmp_path)
     assert result.returncode == 0 and result.stdout.startswith("works"), result.stderr
 
 
-def test_help_and_mistakes_are_told_in_words(tmp_path):
+def test_help_and_mistakes_are_told_in_words(main, tmp_path):
     assert "examples:" in main("--help").stdout
     missing = main(str(tmp_path / "none.py"))
     assert missing.returncode == 2 and "there is no file" in missing.stderr and "Traceback" not in missing.stderr
