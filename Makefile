@@ -31,10 +31,10 @@ demo: $(firstword $(wildcard $(VENV)/.installed-dev) $(VENV)/.installed-cli)
 	$(BIN)/dither train $(ARGS)
 
 test: lint types
-	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 opacus-suite: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -c tests/opacus/suite.ini --pyargs opacus.tests
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -c tests/opacus/suite.ini --pyargs opacus.tests
 
 check: test opacus-suite
 
@@ -60,7 +60,8 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# .installed-cli, .installed-dev, .installed-bench: the package in place with that extra.
+# .installed-cli, .installed-dev, .installed-bench: the package in place with that extra. Modules are compiled when they
+# are imported, which most never are.
 $(VENV)/.installed-cli: DEFAULT_TORCH := $(DEMO_TORCH)
 $(VENV)/.installed-dev $(VENV)/.installed-bench: DEFAULT_TORCH := $(TEST_TORCH)
 $(VENV)/.installed-%: pyproject.toml $(CONSTRAINTS)
@@ -68,7 +69,7 @@ $(VENV)/.installed-%: pyproject.toml $(CONSTRAINTS)
 	cat $(or $(CONSTRAINTS),/dev/null) > $(VENV)/constraints.txt
 	$(if $(or $(TORCH),$(CONSTRAINTS)),echo "torch==$(or $(TORCH),$(DEFAULT_TORCH))" >> $(VENV)/constraints.txt)
 	@echo "Installing dither with its $* extra into $(VENV); a few minutes the first time."
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(VENV)/constraints.txt -e '.[$*]'
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c $(VENV)/constraints.txt -e '.[$*]'
 	@echo '$(REQUEST)' > $(VENV)/.request
 	@touch $@
 
