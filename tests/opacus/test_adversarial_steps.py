@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -112,8 +111,8 @@ def test_two_pass_with_losses_in_another_order_from_the_second_step_on() -> None
         assert private.error(x) <= EXACT
 
 
-def test_copy_goes_on_after_the_original_is_unhooked() -> None:
-    _run("""
+def test_copy_goes_on_after_the_original_is_unhooked(run) -> None:
+    run("""
 for mode in MODES:
     original = Private(mode)
     private = Private(mode, copy.deepcopy(original.wrapped))
@@ -123,10 +122,10 @@ for mode in MODES:
 """)
 
 
-def test_saved_wrapped_model_goes_on_in_another_process(tmp_path: Path) -> None:
+def test_saved_wrapped_model_goes_on_in_another_process(run, tmp_path: Path) -> None:
     for mode in MODES:
         torch.save(Private(mode).wrapped, tmp_path / f"{mode}.pt")
-    _run(f"""
+    run(f"""
 for mode in MODES:
     private = Private(mode, torch.load({str(tmp_path)!r} + f"/{{mode}}.pt", weights_only=False))
     private.backward()
@@ -134,8 +133,8 @@ for mode in MODES:
 """)
 
 
-def test_failed_compilation_leaves_no_recorder_behind() -> None:
-    _run("""
+def test_failed_compilation_leaves_no_recorder_behind(run) -> None:
+    run("""
 compiled = torch.compile(Private("hooks").wrapped, backend="eager")
 try:
     compiled(batch())
@@ -147,12 +146,16 @@ assert private.error() <= EXACT
 """)
 
 
-def _run(script: str) -> None:
-    """In a process of its own, where no other wrapped model is alive."""
-    names = "import copy, torch\nfrom test_adversarial_steps import EXACT, MODES, Private, batch"
-    script = f"import sys\nsys.path[:0] = {sys.path!r}\n{names}\n{script}"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr.strip().splitlines()[-1]
+@pytest.fixture
+def run(programs):
+    """Run code in a process of its own, where no other wrapped model is alive."""
+
+    def run(script: str) -> None:
+        names = "import copy, torch\nfrom test_adversarial_steps import EXACT, MODES, Private, batch"
+        done = programs.run("-c", f"import sys\nsys.path[:0] = {sys.path!r}\n{names}\n{script}")
+        assert done.returncode == 0, done.stderr.strip().splitlines()[-1]
+
+    return run
 
 
 @each_mode
