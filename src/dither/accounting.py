@@ -18,7 +18,9 @@ from typing import Any
 from dither.errors import BudgetError, ConfigurationError, LedgerError
 
 NEIGHBOURING_RELATION = "add or remove one example"
-GRADIENTS, CLASS_MEANS = "gradients", "class means"  # what an event released
+GRADIENTS, CLASS_MEANS, CLASS_GAUSSIANS = "gradients", "class means", "class Gaussians"
+RELEASES = (GRADIENTS, CLASS_MEANS, CLASS_GAUSSIANS)
+"""What an event may have released."""
 _FINE, _COARSE = 2e-5, 1e-4  # discretisation, relative to the widest privacy loss of one step and to epsilon
 _KNOTS = 50
 _NOISE_RANGE = (0.02, 1e4)
@@ -39,7 +41,7 @@ class Event:
         sampling_probability: that an example is in a batch, in (0, 1].
         noise_multiplier: noise standard deviation over L2 sensitivity.
         count: number of runs; for gradients the number of steps.
-        release: what was released, "gradients" or "class means"; epsilon does not depend on it.
+        release: what was released, one of RELEASES; epsilon does not depend on it.
     """
 
     sampling_probability: float
@@ -80,8 +82,8 @@ class Ledger:
                 that no ledger knows.
         """
         _check_mechanism(sampling_probability, noise_multiplier, count)
-        if release not in (GRADIENTS, CLASS_MEANS):
-            raise ConfigurationError(f"A ledger knows no release {release!r}.", fix=f"{GRADIENTS} or {CLASS_MEANS}")
+        if release not in RELEASES:
+            raise ConfigurationError(f"A ledger knows no release {release!r}.", fix=f"one of {', '.join(RELEASES)}")
         event = Event(sampling_probability, noise_multiplier, count, release)
         if self._events and replace(self._events[-1], count=count) == event:
             self._events[-1] = replace(event, count=self._events[-1].count + count)

@@ -8,7 +8,6 @@ gradients. Source: Li et al. 2025, "From Easy to Hard: Building a Shortcut for D
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +18,9 @@ import torch
 from torch import Tensor
 
 from dither.accounting import CLASS_MEANS, Event, Ledger
-from dither.errors import ConfigurationError, LabelError, LedgerError, OutputPathError, RunFolderError
+from dither.errors import ConfigurationError
 from dither.noise import _CLASS_MEANS, GaussianNoise, sequence
+from dither.releases import check_labels, clip_distances, load_release, save_release
 from dither.sampling import CollateFunction, PoissonSampler, check_dataset, load_batch
 
 _CHUNK = 1024  # examples read at once
@@ -50,23 +50,7 @@ class ClassMeans:
             LedgerError: a release is there already.
             OutputPathError: the file cannot be written.
         """
-        from safetensors.torch import save
-
-        if path.exists():
-            raise LedgerError(
-                f"{path} holds a release already; a second one would have to be paid for too.",
-                fix="load it, or give the new run another folder",
-            )
-        about = {"ledger": Ledger(self.events).to_json(), "private": str(self.private)}
-        temporary = path.with_name(path.name + ".part")
-        try:
-            with open(temporary, "wb") as file:
-                file.write(save({"images": self.images, "labels": self.labels}, metadata=about))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except OSError as error:
-            raise OutputPathError(f"{path} cannot be written: {error}", fix="give a path you may write") from error
+        save_release(path, {"images": self.images, "labels": self.labels}, self.events, self.private)
 
     @classmethod
     def load(cls, path: Path) -> ClassMeans:
@@ -75,18 +59,8 @@ class ClassMeans:
         Raises:
             RunFolderError: the file is missing or damaged.
         """
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                about = file.metadata()
-                images, labels = file.get_tensor("images"), file.get_tensor("labels")
-            return cls(images, labels, Ledger.from_json(about["ledger"]).events, about["private"] == "True")
-        except (SafetensorError, OSError, KeyError, TypeError, LedgerError) as error:
-            raise RunFolderError(
-                f"{path} cannot be read as a release of class means: {error}",
-                fix="restore it from a copy; a second release is not in the run's ledger",
-            ) from error
+        (images, labels), events, private = load_release(path, ("images", "labels"))
+        return cls(images, labels, events, private)
 
 
 def release_class_means(
@@ -166,19 +140,10 @@ def _sums(
     sums = torch.zeros(classes, *first[0].shape[1:], dtype=torch.float64)  # the shape is public, the pixels unused
     counts = torch.zeros(classes, dtype=torch.float64)
     for start in range(0, len(indices), _CHUNK):
-        images, labels = (
-            part.detach().cpu() for part in load_batch(dataset, indices[start : start + _CHUNK], collate)[:2]
-        )
-        low, high = (int(bound) for bound in torch.aminmax(labels))
-        if low < 0 or high >= classes:
-            raise LabelError(
-                f"label {low if low < 0 else high} is outside 0..{classes - 1}", fix="give the right num_classes"
-            )
-        moved = images.double() - centre
-        norms = moved.flatten(1).norm(dim=1)
-        factors = (clip_norm / norms).clamp(max=1.0).view(-1, *[1] * (moved.dim() - 1))
-        finite = norms.isfinite()  # an example that is not takes no part, and moves nothing
-        moved = torch.where(finite.view_as(factors), moved * factors, 0.0)
+        batch = load_batch(dataset, indices[start : start + _CHUNK], collate)
+        images, labels = (part.detach().cpu() for part in batch[:2])
+        check_labels(labels, classes)
+        moved, finite = clip_distances(images.double() - centre, clip_norm)  # what is not finite takes no part
         sums.index_add_(0, labels, moved)
         counts.index_add_(0, labels, finite.double())
     return sums, counts

@@ -39,7 +39,8 @@ _PIECE = 1 << 15  # torch copies longer pieces with threads of its own, inside o
 _CUDA_CHUNK = 1 << 24
 _DRAWS_IN_FLOAT64 = 4
 _ENTROPY_BITS = 256
-_NOISE, _TORCH, _BATCH, _CLASS_MEANS = 1, 2, 3, 4  # purposes, so that no two streams of a seeded run coincide
+# Purposes, so that no two streams of a seeded run coincide.
+_NOISE, _TORCH, _BATCH, _CLASS_MEANS, _CLASS_GAUSSIANS = 1, 2, 3, 4, 5
 
 
 def check_seed(seed: int | None) -> None:

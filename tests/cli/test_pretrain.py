@@ -110,14 +110,19 @@ def test_interrupted_in_each_part_and_resumed(public, tmp_path, capsys):
     """First in the public steps, then in the warm-up: nothing private is claimed, nothing is released twice."""
     run, steps = tmp_path / "run", 80
     words = [*TINY, "--steps=2", "--epsilon=3", "--save_every=1e-9", f"--output={run}"]
-    words += [f"--pretrain.path={public}", f"--pretrain.steps={steps}", "--warm_up.draws=1", f"--warm_up.steps={steps}"]
+    words += [
+        f"--pretrain.path={public}",
+        f"--pretrain.steps={steps}",
+        "--warm_up.kind=means",
+        f"--warm_up.steps={steps}",
+    ]
     waiting = interrupt_when(lambda: part(run)[0] == "public")
     assert main(["train", *words]) == 130
     waiting.join()
     assert f"dither train --resume {run}" in capsys.readouterr().out.replace("\n", " ")
     name, done = part(run)
     assert name == "public" and 1 <= done < steps
-    assert not (run / "certificate.json").exists() and not (run / "class_means.safetensors").exists()
+    assert not (run / "certificate.json").exists() and not (run / "class_statistics.safetensors").exists()
     assert "nothing is claimed" in (run / "report.html").read_text()
 
     waiting = interrupt_when(lambda: part(run)[0] == "warm-up")
@@ -126,13 +131,13 @@ def test_interrupted_in_each_part_and_resumed(public, tmp_path, capsys):
     assert f"public step {steps}/{steps}" in capsys.readouterr().out
     name, done = part(run)
     assert name == "warm-up" and 1 <= done < steps
-    release = (run / "class_means.safetensors").read_bytes()
+    release = (run / "class_statistics.safetensors").read_bytes()
 
     assert main(["train", f"--resume={run}"]) == 0
     said = certificate(run)
     assert [event["release"] for event in said["ledger"]] == ["class means", "gradients"]
     assert said["steps_done"] == 2 and said["epsilon"] <= 3 and said["public"]["pretraining"]["steps"] == steps
-    assert (run / "class_means.safetensors").read_bytes() == release and not (run / "beginning.pt").exists()
+    assert (run / "class_statistics.safetensors").read_bytes() == release and not (run / "beginning.pt").exists()
     assert main(["certificate", "check", str(run)]) == 0
 
 

@@ -218,21 +218,22 @@ def test_resume_of_a_damaged_run(file, content, failure, finished_run, tmp_path)
     failure("train", "--resume", copy)
 
 
-def test_a_warm_up_is_released_once_and_paid_for(tmp_path, capsys):
+@pytest.mark.parametrize(("kind", "name"), [("means", "class means"), ("gaussians", "class Gaussians")])
+def test_a_warm_up_is_released_once_and_paid_for(tmp_path, capsys, kind, name):
     run = tmp_path / "run"
-    words = [*TINY, "--steps=2", "--epsilon=3", "--warm_up.draws=1", "--warm_up.steps=5", f"--output={run}"]
+    words = [*TINY, "--steps=2", "--epsilon=3", f"--warm_up.kind={kind}", "--warm_up.steps=5", f"--output={run}"]
     assert main(["train", *words]) == 0
-    assert "10 noisy class means" in capsys.readouterr().out
-    release = (run / "class_means.safetensors").read_bytes()
-    assert (run / "class_means.png").stat().st_size > 0
+    assert "of each class is released" in capsys.readouterr().out
+    release = (run / "class_statistics.safetensors").read_bytes()
+    assert (run / "class_statistics.png").stat().st_size > 0
     certificate = json.loads((run / "certificate.json").read_text())
-    assert [event["release"] for event in certificate["ledger"]] == ["class means", "gradients"]
+    assert [event["release"] for event in certificate["ledger"]] == [name, "gradients"]
     assert certificate["epsilon"] <= 3 and main(["certificate", "check", str(run / "certificate.json")]) == 0
     assert main(["train", f"--resume={run}"]) == 0
-    assert (run / "class_means.safetensors").read_bytes() == release
+    assert (run / "class_statistics.safetensors").read_bytes() == release
 
 
 def test_a_warm_up_beyond_the_budget_releases_nothing(tmp_path, failure):
-    run = tmp_path / "run"
-    error = failure("train", *TINY, "--epsilon=0.5", "--warm_up.draws=8", f"--output={run}")
+    run, words = tmp_path / "run", [*TINY, "--epsilon=0.5", "--warm_up.kind=means"]
+    error = failure("train", *words, "--warm_up.noise_multiplier=1", f"--output={run}")
     assert "before the first step" in error and not run.exists()

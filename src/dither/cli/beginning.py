@@ -1,4 +1,4 @@
-"""What a run does before its private steps: first the public training, then the warm-up on noisy class means.
+"""What a run does before its private steps: first the public training, then the warm-up on what is released.
 
 beginning.pt   where it stands: the part, its weights and optimizer; until the private steps' state takes its place
 """
@@ -15,7 +15,7 @@ from rich.console import Console
 from dither.cli.interrupts import StopRequest
 from dither.cli.public import PUBLIC, add_facts
 from dither.cli.public_data import public_facts, public_training, read_public
-from dither.cli.warm_up import release_means, warm_up_training
+from dither.cli.warm_up import release, warm_up_training
 from dither.errors import RunFolderError
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ _LINES = 10
 
 def has_beginning(options: Options) -> bool:
     """Whether a run trains before its private steps."""
-    return options.pretrain.path is not None or options.warm_up.draws > 0
+    return options.pretrain.path is not None or options.warm_up.kind != "none"
 
 
 def prepare(options: Options, folder: RunFolder, model: nn.Module, public: ImageData | None) -> None:
@@ -59,10 +59,10 @@ def begin(
     public: ImageData | None,
     console: Console,
 ) -> tuple[Event, ...] | None:
-    """Train on the public data set and on noisy class means, from where `beginning.pt` stands.
+    """Train on the public data set and on what is released of each class, from where `beginning.pt` stands.
 
-    Guarantee: the release of the class means is `dither.class_means.release_class_means`'s, and is made once for a run
-    folder; training on it is post-processing, and on public data costs nothing. Whether data is public is not checked.
+    Guarantee: the release is `dither.class_means`' or `dither.class_gaussians`', and is made once for a run folder;
+    training on it is post-processing, and on public data costs nothing. Whether data is public is not checked.
 
     Args:
         options: of the run.
@@ -85,12 +85,12 @@ def begin(
         assert public is not None
         if not _train(public_training(options, model, public), PUBLIC_STEPS, state, options, folder, console):
             return None
-    if not options.warm_up.draws:
+    if options.warm_up.kind == "none":
         return ()
-    means = release_means(options, folder, data, console)
-    if not _train(warm_up_training(options, folder, model, means), WARM_UP, state, options, folder, console):
+    released = release(options, folder, data, console)
+    if not _train(warm_up_training(options, folder, model, released), WARM_UP, state, options, folder, console):
         return None
-    return means.events
+    return released.events
 
 
 def _train(

@@ -132,23 +132,30 @@ class Pretraining:
 
 @dataclass(frozen=True)
 class WarmUp:
-    """Noisy means of each class, released once and paid from the same budget, on which the model is trained first.
+    """What of each class is released once with noise, paid from the same budget, for the model to be trained on first.
 
     Args:
-        draws: means of each class; 0 turns the warm-up off.
-        noise_multiplier: standard deviation of the noise in units of clip_norm.
-        clip_norm: each image's distance from the centre is scaled down to this norm; a public guess.
-        sample_rate: probability of an example to be in a draw.
+        kind: gaussians (means and covariances, of images of at most 4,096 entries), means, or none.
+        share: of epsilon, that the release alone may cost. It costs the steps after it far less: noises add by squares.
+        noise_multiplier: of the release, in place of a share.
+        clip_norm: each image's distance from the centre is scaled down to this norm; a public guess; by default 0.6
+            times the root of an image's entries.
         centre: value of an empty pixel; -1 for light on dark.
-        steps: of ordinary training on the means.
+        rank: of gaussians: directions that covariances are released along.
+        draws: of means: means of each class, of a sample each.
+        sample_rate: of means: probability of an example to be in a draw.
+        steps: of ordinary training on what was released.
         learning_rate: of its first step.
     """
 
-    draws: int = 0
-    noise_multiplier: float = 4.0
-    clip_norm: float = 4.0
-    sample_rate: float = 1.0
+    kind: Literal["gaussians", "means", "none"] = "none"
+    share: float = 0.5
+    noise_multiplier: float | None = None
+    clip_norm: float | None = None
     centre: float = -1.0
+    rank: int = 30
+    draws: int = 1
+    sample_rate: float = 1.0
     steps: int = 300
     learning_rate: float = 1e-3
 

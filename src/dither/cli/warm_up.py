@@ -1,92 +1,153 @@
-"""The warm-up of `dither train`: noisy class means are released, and the model is first trained on them."""
+"""The warm-up of `dither train`: statistics of each class are released once, and the model is first trained on them."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import torch
 from rich.console import Console
 
 from dither.cli.options import Options
 from dither.cli.run_folder import RunFolder
+from dither.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from dither.accounting import Event
+    from dither.class_gaussians import ClassGaussians
     from dither.class_means import ClassMeans
     from dither.data import ImageData
-    from dither.diffusion.ordinary_training import OrdinaryTraining
+    from dither.diffusion.ordinary_training import LabelledImages, OrdinaryTraining
+
+_PIXELS = (-1.0, 1.0)
+_DRAWN = 1000  # images of each class shown beside each other, and the length of an endless set
 
 
 def planned_release(options: Options) -> tuple[Event, ...]:
     """What the warm-up will cost, for a ledger; nothing without one.
 
     Raises:
-        ConfigurationError: a sample rate or noise multiplier that cannot be.
+        BudgetError: no noise meets its share of epsilon.
+        ConfigurationError: a sample rate, share or noise multiplier that cannot be, or none of the last two to go by.
     """
-    from dither.accounting import CLASS_MEANS, Event, Ledger
+    from dither.accounting import CLASS_GAUSSIANS, CLASS_MEANS, Event, Ledger, noise_multiplier_for
 
-    chosen = options.warm_up
-    if not chosen.draws:
+    chosen, privacy = options.warm_up, options.privacy
+    if chosen.kind == "none":
         return ()
-    return Ledger([Event(chosen.sample_rate, chosen.noise_multiplier, chosen.draws, CLASS_MEANS)]).events
+    rate, count, name = chosen.sample_rate, chosen.draws, CLASS_MEANS
+    if chosen.kind == "gaussians":
+        rate, count, name = 1.0, 3, CLASS_GAUSSIANS
+    noise = chosen.noise_multiplier
+    if noise is None:
+        if privacy.epsilon is None:
+            raise ConfigurationError(
+                "--privacy.noise_multiplier sets no epsilon that the warm-up could have a share of",
+                fix="give --warm_up.noise_multiplier too, or --privacy.epsilon",
+            )
+        if not 0 < chosen.share < 1:
+            raise ConfigurationError(f"--warm_up.share {chosen.share} is not between 0 and 1", fix="0.5")
+        noise = noise_multiplier_for(chosen.share * privacy.epsilon, privacy.delta, rate, count)
+    return Ledger([Event(rate, noise, count, name)]).events
 
 
-def release_means(options: Options, folder: RunFolder, data: ImageData, console: Console) -> ClassMeans:
-    """Release noisy class means into the run folder, or read them where that was done before.
+def release(options: Options, folder: RunFolder, data: ImageData, console: Console) -> ClassMeans | ClassGaussians:
+    """Release the statistics into the run folder, or read them where that was done before.
 
-    Guarantee: that of `dither.class_means.release_class_means`; a folder holds one release, and a resume takes it.
+    Guarantee: that of `dither.class_means.release_class_means` or `dither.class_gaussians.release_class_gaussians`; a
+    folder holds one release, and a resume takes it.
 
     Args:
-        options: of the run; `warm_up.draws` is above 0.
+        options: of the run, with a warm-up.
         folder: of the run.
         data: the private images.
         console: says what is done.
     """
+    from dither.class_gaussians import ClassGaussians, release_class_gaussians
     from dither.class_means import ClassMeans, release_class_means
     from dither.diffusion.grid import save_grid
+    from dither.releases import usual_clip_norm
 
-    if folder.class_means.exists():
-        return ClassMeans.load(folder.class_means)
-    chosen = options.warm_up
-    means = release_class_means(
-        data,
-        num_classes=folder.images.num_classes,
-        noise_multiplier=chosen.noise_multiplier,
-        clip_norm=chosen.clip_norm,
-        draws=chosen.draws,
-        sample_rate=chosen.sample_rate,
-        centre=chosen.centre,
-        limits=(-1.0, 1.0) if folder.images.latents is None else None,
-        seed=options.seed,
-    )
-    means.save(folder.class_means)
-    if folder.images.latents is None:
-        save_grid(means.images, means.labels, folder.class_means.with_suffix(".png"))
-    console.print(f"Warm-up: {len(means.images)} noisy class means, paid from the budget.", highlight=False)
-    return means
+    chosen, images, file = options.warm_up, folder.images, folder.class_statistics
+    entries = images.in_channels * images.input_size**2
+    kind = ClassGaussians if chosen.kind == "gaussians" else ClassMeans
+    if file.exists():
+        return kind.load(file)
+    (event,) = planned_release(options)
+    common: dict[str, Any] = {
+        "num_classes": images.num_classes,
+        "noise_multiplier": event.noise_multiplier,
+        "centre": chosen.centre,
+        "clip_norm": usual_clip_norm(entries) if chosen.clip_norm is None else chosen.clip_norm,
+        "seed": options.seed,
+    }
+    found: ClassMeans | ClassGaussians
+    if chosen.kind == "gaussians":
+        found = release_class_gaussians(data, rank=min(chosen.rank, entries), **common)
+    else:
+        limits = None if images.latents is not None else _PIXELS
+        found = release_class_means(
+            data, draws=chosen.draws, sample_rate=event.sampling_probability, limits=limits, **common
+        )
+    found.save(file)
+    if images.latents is None:
+        shown = _drawn_from(found, images.num_classes, _PIXELS).batch(torch.arange(10 * images.num_classes))
+        save_grid(*shown, file.with_suffix(".png"))
+    said = f"a noisy {'Gaussian' if chosen.kind == 'gaussians' else 'mean'} of each class"
+    console.print(f"Warm-up: {said} is released, at noise {event.noise_multiplier:.3g}.", highlight=False)
+    return found
 
 
-def warm_up_training(options: Options, folder: RunFolder, model: nn.Module, means: ClassMeans) -> OrdinaryTraining:
-    """The steps on the released means: of the parameters that the private steps train."""
-    from dither.data.image_data import Held, ImageData
+def warm_up_training(
+    options: Options, folder: RunFolder, model: nn.Module, released: ClassMeans | ClassGaussians
+) -> OrdinaryTraining:
+    """The steps on what was released: of the parameters that the private steps train."""
     from dither.diffusion.ordinary_training import OrdinaryTraining
     from dither.diffusion.recipe import build_loss
 
     images, chosen = folder.images, options.warm_up
-    data = ImageData(
-        Held(means.images),
-        means.labels,
-        name="class means",
-        class_names=images.class_names,
-        image_size=images.input_size,
-        channels=images.in_channels,
-    )
     return OrdinaryTraining(
         model,
         [parameter for parameter in model.parameters() if parameter.requires_grad],
-        data,
+        _drawn_from(released, images.num_classes, None if images.latents is not None else _PIXELS),
         build_loss(options.recipe, images.num_classes),
         steps=chosen.steps,
         learning_rate=chosen.learning_rate,
     )
+
+
+class _Means:
+    """The means themselves, as labelled images."""
+
+    def __init__(self, means: ClassMeans) -> None:
+        self._means = means
+
+    def __len__(self) -> int:
+        return len(self._means.images)
+
+    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        chosen = indices % len(self)
+        return self._means.images[chosen], self._means.labels[chosen]
+
+
+class _Drawn:
+    """Fresh images of the Gaussians, class by class in turn."""
+
+    def __init__(self, gaussians: ClassGaussians, num_classes: int, limits: tuple[float, float] | None) -> None:
+        self._gaussians, self._num_classes, self._limits = gaussians, num_classes, limits
+
+    def __len__(self) -> int:
+        return _DRAWN * self._num_classes
+
+    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        labels = indices % self._num_classes
+        return self._gaussians.draw(labels, self._limits), labels
+
+
+def _drawn_from(
+    released: ClassMeans | ClassGaussians, num_classes: int, limits: tuple[float, float] | None
+) -> LabelledImages:
+    from dither.class_means import ClassMeans
+
+    return _Means(released) if isinstance(released, ClassMeans) else _Drawn(released, num_classes, limits)

@@ -34,7 +34,7 @@ FILES = {
     "public.json": ("what was taken as public, and which parameters were trained", True),
     "model.json": ("sizes of the model, from its checkpoint", True),
     "beginning.pt": ("where public training or warm-up was interrupted", True),
-    "class_means.safetensors": ("noisy class means, released before the steps", True),
+    "class_statistics.safetensors": ("noisy statistics of each class, released before the steps", True),
     "run.json": ("size, channels and classes of the images", True),
     "state": ("what a resume needs", True),
     "tensorboard": ("curves, also of values that are not private", False),
