@@ -72,6 +72,7 @@ OPTIONS = {
         performance.strategy performance.microbatch_size performance.memory_budget performance.threads
         recipe.model recipe.hidden_size recipe.depth recipe.num_heads recipe.patch_size recipe.multiplicity
         recipe.timestep_frequencies
+        recipe.optimizer
         recipe.learning_rate recipe.lr_schedule recipe.ema_decay recipe.prediction recipe.weighting recipe.timesteps
         recipe.timestep_distribution recipe.timestep_mean recipe.timestep_std recipe.timestep_pieces
         recipe.sigma_data recipe.label_std recipe.beta_schedule

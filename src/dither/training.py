@@ -62,7 +62,7 @@ class PrivateTraining:
     Args:
         model: any module; every parameter with requires_grad is trained. It is not wrapped or changed.
         optimizer: any torch optimizer over parameters of the model. Where torch has one, `fused=True` makes AdamW's
-            step several times faster.
+            step several times faster. One with `noise_std` in its groups (`AdamBC`) is told the noise's deviation.
         dataset: map-style; the example is the unit of privacy, so one person's several examples are not protected
             together.
         loss_fn: (model, batch) to one loss per example, shape (b,); example i's loss may depend on example i alone.
@@ -166,6 +166,9 @@ class PrivateTraining:
         self._noise = GaussianNoise(seed)
         self._curve = EpsilonCurve(Event(self.sampler.sample_rate, self.noise_multiplier, steps), delta, self.prior)
         self._sums: dict[str, Tensor] | None = None
+        for group in optimizer.param_groups:
+            if "noise_std" in group:  # an optimizer that reckons with the noise, as `dither.adam.AdamBC`
+                group["noise_std"] = self.noise_multiplier * self.sensitivity / self.sampler.expected_batch_size
 
     @property
     def index(self) -> int:

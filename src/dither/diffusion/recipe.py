@@ -15,6 +15,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from dither.adam import AdamBC
 from dither.diffusion.dit import DiT, dit
 from dither.diffusion.loss import DiffusionLoss
 from dither.diffusion.process import Prediction, Process, Weighting
@@ -44,6 +45,7 @@ class Recipe:
     multiplicity: int = 8  # noise draws per image inside one clipped gradient: free in privacy
     expected_batch_size: int = 718  # half of the digits: noise per step almost as low as all, at half the cost
     steps: int = 150
+    optimizer: Literal["adam", "adam_bc"] = "adam"  # "adam_bc" takes the noise off Adam's second moments
     learning_rate: float = 1e-2  # high: Adam's denominator is the noise, so its steps shrink the signal
     lr_schedule: Literal["constant", "cosine", "linear"] = "linear"  # to 0, so that the last steps' noise fades
     max_grad_norm: float = 0.01  # far below the gradients' norms (0.5 to 1): every image weighs the same
@@ -100,10 +102,14 @@ def build_loss(recipe: Recipe, num_classes: int) -> DiffusionLoss:
 
 
 def build_optimizer(recipe: Recipe, model: nn.Module) -> tuple[torch.optim.Optimizer, LambdaLR]:
-    """Build Adam and its learning-rate schedule over the recipe's steps; step both once per logical batch."""
+    """Build the optimizer and its learning-rate schedule over the recipe's steps; step both once per logical batch."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     fused = all(parameter.device.type in _FUSED for parameter in parameters)
-    optimizer = torch.optim.Adam(parameters, lr=recipe.learning_rate, fused=fused)
+    optimizer: torch.optim.Optimizer
+    if recipe.optimizer == "adam_bc":
+        optimizer = AdamBC(parameters, lr=recipe.learning_rate)
+    else:
+        optimizer = torch.optim.Adam(parameters, lr=recipe.learning_rate, fused=fused)
 
     def factor(step: int) -> float:
         left = max(0.0, 1 - step / recipe.steps)
