@@ -32,13 +32,13 @@ def test_a_folder_of_images(tmp_path, capsys, monkeypatch):
     assert main(["train", *SHORT, *words, "--data.skip_broken=true", f"--output={run}"]) == 0
     out = " ".join(capsys.readouterr().out.split())
     assert "Left out 1 (not private): pear/3.png" in out
-    assert "Patches of 6 x 6 pixels" in out
+    assert "one token an image" in out
     assert f"dither sample {run} --label pear" in out
     images = json.loads((run / "run.json").read_text())["images"]
     assert images["dataset"] == "fruit" and images["class_names"] == ["apple", "pear"]
     assert (images["input_size"], images["in_channels"], images["num_classes"]) == (12, 1, 2)
     config = yaml.safe_load((run / "config.yaml").read_text())
-    assert config["data"]["path"] == str(root) and config["recipe"]["patch_size"] == 6
+    assert config["data"]["path"] == str(root) and config["recipe"]["patch_size"] == 12
     assert json.loads((run / "certificate.json").read_text())["dataset_size"] == 11
 
     (tmp_path / "away").mkdir()
@@ -114,7 +114,7 @@ def test_encode_refuses_and_leaves_nothing(words, named, vae, tmp_path, failure,
         (["--data.path=fruit", "--data.resize=lanczos"], "lanczos"),
         (["--data.path=fruit", "--data.image_size=0"], "image_size 0"),
         (["--data.path=fruit", "--data.class_names=[apple]"], "'pear'"),
-        (["--data.path=fruit", "--data.image_size=13"], "does not divide"),
+        (["--data.path=fruit", "--data.image_size=41"], "does not divide"),
         (["--data.path=fruit", "--recipe.patch_size=5"], "patch_size 5 does not divide"),
         (["--data.path=fruit", "--expected_batch_size=13"], "expected_batch_size"),
         (["--data.path=digits", "--data.num_classes=2"], "outside 0..1"),
@@ -137,3 +137,32 @@ def test_another_number_of_examples_is_not_resumed(tmp_path, failure):
     (root / "apple" / "more.png").unlink()
     shutil.move(root / "apple", root / "banana")
     assert "banana" in failure("train", f"--resume={run}")
+
+
+def test_settings_are_chosen_for_the_data_and_the_users_win(tmp_path, capsys):
+    root, run = class_folders(tmp_path / "fruit", FRUIT, size=(20, 16)), tmp_path / "run"
+    words = [f"--data.path={root}", "--data.image_size=12", "--data.channels=1", "--steps=1", "--recipe.multiplicity=2"]
+    assert main(["train", *words, f"--output={run}"]) == 0
+    said = capsys.readouterr().out
+    assert "each can be given" in said and "--privacy.delta" in said and "--privacy.steps" not in said
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["recipe"]["patch_size"] == 12 and config["recipe"]["prediction"] == "sample"
+    assert config["recipe"]["multiplicity"] == 2 and config["privacy"]["steps"] == 1
+    certificate = json.loads((run / "certificate.json").read_text())
+    assert certificate["delta"] == config["privacy"]["delta"] < 0.1
+    again = tmp_path / "again"
+    assert main(["train", f"--config={run / 'config.yaml'}", f"--output={again}"]) == 0
+    assert "each can be given" not in capsys.readouterr().out  # all are, by the file
+
+
+def test_patches_tile_images_of_more_than_one_token(tmp_path, capsys):
+    root = class_folders(tmp_path / "fruit", FRUIT, size=(20, 16))
+    words = [
+        f"--data.path={root}",
+        "--data.image_size=36",
+        "--data.channels=1",
+        "--steps=1",
+        f"--output={tmp_path / 'r'}",
+    ]
+    assert main(["train", *SHORT, *words]) == 0
+    assert "Patches of 6 x 6 pixels" in " ".join(capsys.readouterr().out.split())

@@ -199,6 +199,8 @@ class Options:
     save_every: float
     text: str
     """The options as config.yaml holds them: without output and resume."""
+    given: frozenset[str]
+    """Names of those that the user gave, in words or a file."""
 
 
 def train_parser() -> ArgumentParser:

@@ -126,6 +126,7 @@ def _options(parser: ArgumentParser, parsed: Namespace, given: Namespace) -> Opt
         seed=made.seed,
         save_every=made.save_every,
         text=parser.dump(kept, skip_unset=False),
+        given=frozenset(given.keys(branches=False)),
     )
 
 

@@ -14,6 +14,7 @@ import yaml
 from rich.console import Console
 
 from dither.cli.beginning import begin, has_beginning, prepare
+from dither.cli.choosing import choose_for_data
 from dither.cli.data import check_same, fit_patches, images_of, read_data
 from dither.cli.interrupts import StopRequest
 from dither.cli.models import run_model, start_model
@@ -95,6 +96,7 @@ def _create(options: Options, console: Console) -> Run:
         check_unused(options.output)
     data = read_data(options.data, console)
     images = images_of(data)
+    options = choose_for_data(options, images, len(data), console)
     if options.model == "dit" and options.finetune_from is None:  # a checkpoint has patches of its own
         options = with_recipe(options, fit_patches(options.recipe, images, console))
     public = read_public(options, images, console)

@@ -1,0 +1,74 @@
+"""Settings chosen from what is public of a data set: how many images, of what shape.
+
+Nothing here looks at an image. The numbers were found on Fashion-MNIST's training images (28 x 28) at epsilon 10.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+_LARGEST_BATCH = 4096
+_PASSES, _FEWEST_STEPS = 20, 150
+_ONE_TOKEN = 1024  # entries of an image, up to which one token holds it
+_GAUSSIANS = 4096  # entries, up to which second moments are released
+_FEWEST_OF_A_CLASS = 100
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One setting.
+
+    Attributes:
+        group: of the command's options: "privacy", "recipe" or "warm_up".
+        name: within the group.
+        value: of the option.
+        reason: in words, for whoever wants another.
+    """
+
+    group: str
+    name: str
+    value: Any
+    reason: str
+
+
+def choose(examples: int, num_classes: int, side: int, channels: int, latents: bool) -> list[Choice]:
+    """Settings for a data set other than the demo's digits.
+
+    Args:
+        examples: number of images; taken as public, as the accounting takes it.
+        num_classes: size of the public label set.
+        side: of an image, in pixels or latent cells.
+        channels: of an image.
+        latents: whether the images are an autoencoder's latents.
+    """
+    entries = channels * side**2
+    batch = min(_LARGEST_BATCH, max(1, examples // 2))
+    steps = max(_FEWEST_STEPS, round(_PASSES * examples / batch))
+    chosen = [
+        Choice("privacy", "delta", 10.0 ** -(math.floor(math.log10(examples)) + 1), f"below 1 / {examples:,}"),
+        Choice("privacy", "expected_batch_size", batch, "a step's noise is shared by its batch"),
+        Choice("privacy", "steps", steps, f"about {steps * batch / examples:.0f} passes over the images"),
+        Choice("recipe", "multiplicity", 4, "noise draws of an image within its one clipped gradient"),
+        Choice("recipe", "learning_rate", 3e-3, "goes with this batch"),
+    ]
+    if entries <= _ONE_TOKEN and not latents:
+        whole = "one token an image: the noise spoils few weights, and a step is short"
+        narrow = "a token narrower than its patch cannot pass noise through, so the image is predicted"
+        chosen += [
+            Choice("recipe", "patch_size", side, whole),
+            Choice("recipe", "hidden_size", 128, "two blocks of this width"),
+            Choice("recipe", "prediction", "sample", narrow),
+        ]
+    if entries <= _GAUSSIANS and not latents and examples >= _FEWEST_OF_A_CLASS * num_classes:
+        dark = (
+            "the empty pixel of grey images is taken as dark" if channels == 1 else "colours are taken about mid-grey"
+        )
+        chosen += [
+            Choice("warm_up", "kind", "gaussians", "a noisy Gaussian of each class is cheap at this many images"),
+            Choice("warm_up", "centre", -1.0 if channels == 1 else 0.0, dark),
+            Choice("warm_up", "steps", 800, "on images drawn from these, which cost nothing more"),
+            Choice("warm_up", "learning_rate", 2e-3, "of its first step"),
+        ]
+    return chosen

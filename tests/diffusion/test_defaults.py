@@ -1,0 +1,33 @@
+"""Settings chosen from a data set's size and shape."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from dither.diffusion.defaults import choose
+
+
+def _of(*arguments):
+    return {f"{one.group}.{one.name}": one.value for one in choose(*arguments)}
+
+
+@pytest.mark.parametrize("examples", [40, 999, 1000, 1437, 60_000, 1_281_167])
+def test_delta_is_below_one_over_n_and_batches_fit(examples):
+    chosen = _of(examples, 2, 28, 1, False)
+    assert 0.1 / examples <= chosen["privacy.delta"] < 1 / examples
+    assert 1 <= chosen["privacy.expected_batch_size"] <= examples / 2
+    assert isinstance(chosen["privacy.steps"], int) and chosen["privacy.steps"] >= 150
+    assert math.log10(chosen["privacy.delta"]) == pytest.approx(round(math.log10(chosen["privacy.delta"])))
+
+
+def test_by_shape():
+    small, large, latents = _of(60_000, 10, 28, 1, False), _of(60_000, 10, 64, 3, False), _of(60_000, 10, 16, 4, True)
+    assert small["recipe.patch_size"] == 28 and small["recipe.prediction"] == "sample"
+    assert small["warm_up.kind"] == "gaussians" and small["warm_up.centre"] == -1
+    for chosen in (large, latents):
+        assert "recipe.patch_size" not in chosen and "warm_up.kind" not in chosen
+    assert _of(60_000, 10, 32, 3, False)["warm_up.centre"] == 0
+    assert "warm_up.kind" not in _of(900, 10, 28, 1, False)  # too few of each class
+    assert all(one.reason for one in choose(60_000, 10, 28, 1, False))
