@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from dither.cli.main import main
 from dither.data import digits
+from pictures import idx_folder
 
 
 @pytest.fixture(scope="module")
@@ -64,10 +67,35 @@ def test_a_second_private_score_counts_the_first(finished_run, tmp_path):
     assert spent[0] <= 1.0 < spent[1] and spent[2] == spent[1]
 
 
+def test_inception_features_say_whose_weights_gave_them(tmp_path, capsys):
+    from torchvision.models import inception_v3
+
+    weights = tmp_path / "inception.pth"
+    torch.save(inception_v3(weights=None, aux_logits=False, init_weights=False).state_dict(), weights)
+    images, labels = np.random.default_rng(0).integers(0, 256, (5, 8, 8)), np.array([0, 1, 0, 1, 0])
+    for part in ("train", "t10k"):
+        idx_folder(tmp_path / "data", images, labels, part=part)
+    np.savez(tmp_path / "drawn.npz", images=images[:4, None].astype(np.uint8), labels=labels[:4])
+    words = [f"--data.path={tmp_path / 'data'}", "--data.num_classes=2", f"--inception_weights={weights}"]
+    output = tmp_path / "out"
+    assert main(["evaluate", str(tmp_path / "drawn.npz"), *words, "--classifiers", "CNN", f"--output={output}"]) == 0
+    found = json.loads((output / "evaluation.json").read_text())["distance_to_held_out_images"]
+    said = " ".join(capsys.readouterr().out.split())
+    assert "Inception v3, last pooling, with torchvision's weights" in found["features"]["value"]
+    assert "torchvision's weights" in said
+    assert found["weights_sha256"] == {"value": hashlib.sha256(weights.read_bytes()).hexdigest(), "private": True}
+    assert found["frechet_distance"]["private"] is False and np.isfinite(found["frechet_distance"]["value"])
+
+
 def test_what_cannot_be_evaluated(samples, tmp_path, failure):
     assert "--output" in failure("evaluate", samples)
     assert "no classifier" in failure("evaluate", samples, "--output", tmp_path / "a", "--classifiers", "oracle")
     assert "samples are of shape" in failure("evaluate", samples, "--output", tmp_path / "b", "--data.image_size", 12)
+    said = failure("evaluate", samples, "--output", tmp_path / "d", "--features", "inception")
+    assert "--inception_weights" in said and "pt_inception-2015-12-05" in said and "inception_v3_google" in said
+    said = failure("evaluate", samples, "--output", tmp_path / "d", "--inception_weights", samples, "--features", "cnn")
+    assert "no use" in said
+    assert "no state dict" in failure("evaluate", samples, "--output", tmp_path / "d", "--inception_weights", samples)
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "something").write_text("mine")
     assert "not empty" in failure("evaluate", samples, "--output", tmp_path / "c")

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 from rich.console import Console
 from rich.table import Table
 
 from dither.cli.data import pictures, read_data
+from dither.cli.figures import figures
 from dither.cli.options import Data
 from dither.cli.outputs import check_new_folder
 from dither.cli.parsing import Formatter, parse
@@ -22,12 +23,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dither.data import ImageData
+    from dither.evaluation.inception import Inception
 
 EXAMPLES = """
 examples:
   dither evaluate runs/digits-20250101-120000                    draw images, compare with the run's own data
   dither evaluate runs/strict --count 500 --classifiers CNN
   dither evaluate generated.npz --data.path fashion-mnist --output evaluation-of-npz
+  dither evaluate runs/strict --inception_weights pt_inception-2015-12-05-6726825d.pth   FID, as others publish it
   dither evaluate runs/strict --private_score 0.5                also one accuracy that may be published
 
 Every figure but the private score is computed from real images without noise: NOT private, for the eyes of those who
@@ -56,6 +59,18 @@ def evaluate_parser() -> ArgumentParser:
         default=["logistic regression", "MLP", "CNN"],
         help="trained on generated images, tested on real held-out ones",
     )
+    parser.add_argument(
+        "--features",
+        type=Literal["cnn", "inception"] | None,
+        default=None,
+        help="what distances are measured on; by default inception where its weights are given, else cnn",
+    )
+    parser.add_argument(
+        "--inception_weights",
+        type=Path | None,
+        default=None,
+        help="a file of Inception v3's weights, pytorch-fid's (FID) or torchvision's; nothing is downloaded",
+    )
     parser.add_argument("--seed", type=int | None, default=None, help="the same drawn images again")
     parser.add_argument(
         "--output", type=Path | None, default=None, help="folder of the results; by default the run folder"
@@ -79,6 +94,7 @@ def run(words: Sequence[str]) -> int:
     if options.output is not None:
         check_new_folder(output)
     earlier = _earlier(output)
+    inception = _inception(options)
     training, held_out = _real(options, folder, console)
     if training.latents is not None:
         raise DataError("the data set holds latents", fix="give the images: --data.path")
@@ -90,7 +106,7 @@ def run(words: Sequence[str]) -> int:
             fix="prepare both alike: --data.image_size, --data.channels",
         )
     output.mkdir(parents=True, exist_ok=True)
-    found = _figures(options, generated, labels, training, held_out, output, earlier, console)
+    found = figures(options, generated, labels, training, held_out, output, earlier, inception, console)
     (output / "evaluation.json").write_text(json.dumps(found, indent=2) + "\n")
     _show(found, console)
     console.print(f"Figures in {output / 'evaluation.json'}", highlight=False, soft_wrap=True)
@@ -107,6 +123,17 @@ def _check(options: Namespace) -> None:
         raise ConfigurationError(f"--count {options.count} is below 2", fix="150 images of each class are a fair test")
     if options.private_score is not None and not options.classifiers:
         raise ConfigurationError("a private score needs a classifier", fix="--classifiers CNN")
+
+
+def _inception(options: Namespace) -> Inception | None:
+    """The network of the features, read before anything is drawn; None for a CNN's features."""
+    if options.features == "cnn" and options.inception_weights is not None:
+        raise ConfigurationError("--features cnn has no use for --inception_weights", fix="leave one of them out")
+    if options.features != "inception" and options.inception_weights is None:
+        return None
+    from dither.evaluation.inception import load_inception
+
+    return load_inception(options.inception_weights)
 
 
 def _earlier(output: Path) -> list[float]:
@@ -146,99 +173,10 @@ def _generated(
     return pictures(draw(folder, labels, console, seed=options.seed), folder.images), labels
 
 
-def _figures(
-    options: Namespace,
-    generated: Tensor,
-    labels: Tensor,
-    training: ImageData,
-    held_out: ImageData,
-    output: Path,
-    earlier: list[float],
-    console: Console,
-) -> dict[str, Any]:
-    """Everything in evaluation.json: each figure {"value", "private"}."""
-    from dither import evaluation
-    from dither.evaluation.classifiers import features, train_cnn
-    from dither.evaluation.pictures import save_neighbours
-
-    found: dict[str, Any] = {
-        "images": {"generated": _public(len(generated)), "held_out": _public(len(held_out))},
-        "accuracy_on_held_out_images": {},
-    }
-    (images, image_labels), (test, test_labels) = training.batch(), held_out.batch()
-    names, rights = training.class_names, []
-    for name in options.classifiers:
-        with console.status(f"{name}: training on generated images"):
-            score = evaluation.score(name, generated, labels, test, test_labels, len(names))
-        rights.append(round(score.accuracy * len(test)))
-        found["accuracy_on_held_out_images"][name] = {
-            "all": _open(score.accuracy),
-            **{f"class {class_name}": _open(value) for class_name, value in zip(names, score.by_class, strict=True)},
-        }
-    with console.status("distances, on features of a CNN trained on the real training images"):
-        network = train_cnn(images, image_labels, len(names))
-        real, ours = features(network, test), features(network, generated)
-    kernel, error = evaluation.kernel_distance(ours, real)
-    precision, recall = evaluation.precision_recall(ours, real)
-    found["distance_to_held_out_images"] = {
-        "features": _public("the last hidden layer of a small CNN trained on the real training images"),
-        "frechet_distance": _open(evaluation.frechet_distance(ours, real)),
-        "kernel_distance": _open(kernel),
-        "kernel_distance_standard_error": _open(error),
-        "precision": _open(precision),
-        "recall": _open(recall),
-    }
-    with console.status("nearest training images"):
-        near = evaluation.nearest(generated, images, test)
-    (output / "evaluation").mkdir(exist_ok=True)
-    save_neighbours(near, generated, images, output / "evaluation" / "nearest-training-images.png")
-    found["nearest_training_image"] = {
-        "median_distance": _open(float(near.distances.median())),
-        "median_distance_of_held_out_images": _open(float(near.usual.median())),
-        "generated_nearer_than_999_of_1000_held_out": _open(len(near.suspicious)),
-    }
-    found["private_score"] = _private(options, rights, len(test), earlier)
-    return found
-
-
-def _private(options: Namespace, rights: list[int], count: int, earlier: list[float]) -> dict[str, Any]:
-    from dither.accounting import Event, Ledger
-    from dither.evaluation.private_score import private_score
-
-    if options.private_score is None:
-        if not earlier:
-            return {}
-        spent = Ledger(Event(1.0, noise, 1) for noise in earlier).epsilon(options.private_delta)
-        return {
-            "epsilon_spent_on_held_out_images": _public(spent),
-            "delta": _public(options.private_delta),
-            "noise_multipliers": _public(earlier),
-        }
-    score = private_score(rights[-1], count, options.private_score, options.private_delta, earlier)
-    return {
-        "accuracy": _public(score.accuracy),
-        "classifier": _public(options.classifiers[-1]),
-        "protects": _public("one held-out image, added or removed; their number is taken as public"),
-        "epsilon_spent_on_held_out_images": _public(score.epsilon),
-        "delta": _public(score.delta),
-        "noise_multipliers": _public([*earlier, score.noise_multiplier]),
-    }
-
-
-def _open(value: object) -> dict[str, Any]:
-    """A figure computed from real images without noise."""
-    return {"value": value, "private": False}
-
-
-def _public(value: object) -> dict[str, Any]:
-    """A figure that is public, or was released with noise."""
-    return {"value": value, "private": True}
-
-
 def _show(found: dict[str, Any], console: Console) -> None:
     table = Table("", "", "", show_header=False, box=None)
-    for name, figures in found.items():
-        for part, figure in figures.items():
+    for name, parts in found.items():
+        for part, figure in parts.items():
             if "value" not in figure:  # a classifier, with its classes
                 part, figure = f"{part}", figure["all"]
             value = figure["value"]
