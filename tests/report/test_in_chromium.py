@@ -76,6 +76,22 @@ def test_long_paths_and_digests_of_public_data_fit_a_phone(browser, copy):
         assert page.evaluate("document.documentElement.scrollWidth") == PHONE
 
 
+def test_an_evaluation_with_a_private_score_fits_a_phone(browser, copy):
+    score = {"accuracy": 0.8531, "classifier": "CNN", "epsilon_spent_on_held_out_images": 2.0, "delta": 1e-5}
+    score = {
+        name: {"value": value} for name, value in (score | {"noise_multipliers": [3.7308205695202794] * 9}).items()
+    }
+    weights = {"value": "0" * 64, "private": True}
+    found = {
+        "private_score": score,
+        "distance_to_held_out_images": {"weights_sha256": weights, "frechet_distance": 7.5},
+    }
+    (copy / "evaluation.json").write_text(json.dumps(found))
+    with opened(browser, write_report(copy), PHONE) as page:
+        assert page.evaluate("document.documentElement.scrollWidth") == PHONE
+        assert page.locator("#evaluation dl dt").count() == 4 and page.locator("#evaluation h3").is_visible()
+
+
 @pytest.mark.parametrize("width", [PHONE, DESK])
 def test_every_section_is_there_in_order_and_nothing_is_wider_than_the_screen(browser, report, width):
     with opened(browser, report, width) as page:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import html
 import json
-import re
 import shutil
 
 import pytest
@@ -13,12 +11,7 @@ from PIL import Image
 from dither.errors import OutputPathError, RunFolderError
 from dither.report import write_report
 from dither.report.contents import read_contents
-
-
-def words(file) -> str:
-    """The page's visible text in one line."""
-    body = file.read_text().partition("<body>")[2]
-    return " ".join(html.unescape(re.sub(r"<[^>]+>", " ", body)).split())
+from pages import words
 
 
 def change(run, **values) -> None:

@@ -11,16 +11,17 @@ from typing import Any, Literal
 from jsonargparse import ArgumentParser
 
 from dither.cli.parsing import Formatter, parse
-from dither.errors import ConfigurationError
+from dither.errors import CertificateError, ConfigurationError
 
 EXAMPLES = """
 examples:
-  dither certificate check runs/strict                     the certificate of a run
+  dither certificate check runs/strict                     the certificate of a run, and its private scores
   dither certificate check certificate.json                one that somebody handed you
   dither certificate schema > certificate.schema.json      its JSON schema
 
 Checked are the form, the figures against each other, and epsilon, computed again from the ledger. That the training did
-what the ledger says cannot be seen from a certificate.
+what the ledger says cannot be seen from a certificate. Private scores of `dither evaluate` are no part of it: of a run
+folder, their own epsilon is checked too.
 
 Exit code 1: the claim does not hold; each fault is a line on stderr.
 """
@@ -48,6 +49,7 @@ def run(words: Sequence[str]) -> int:
     """Run `dither certificate`; returns the exit code."""
     options = parse(certificate_parser(), words)
     from dither.report import checking
+    from dither.report.score import faults_of_score, score_claim
 
     if options.action == "schema":
         print(json.dumps(checking.schema(), indent=2))
@@ -55,7 +57,8 @@ def run(words: Sequence[str]) -> int:
     if options.file is None:
         raise ConfigurationError("no certificate is named", fix="dither certificate check certificate.json")
     certificate = checking.read_certificate(options.file)
-    found = checking.faults(certificate)
+    evaluation = _evaluation(options.file)
+    found = [*checking.faults(certificate), *faults_of_score(evaluation)]
     if found:
         print(f"The claim of {options.file} does not hold:", file=sys.stderr)
         for fault in found:
@@ -64,9 +67,23 @@ def run(words: Sequence[str]) -> int:
     spent = checking.ledger_of(certificate).epsilon(certificate["delta"])
     print(f"It holds: epsilon {certificate['epsilon']:.6g} at delta {certificate['delta']:g}, {NEIGHBOURS}.")
     print(f"Computed again from the ledger: {spent:.6g}.")
-    for note in [*_notes(certificate), *checking.words_of_public(certificate)]:
+    score = score_claim(evaluation)
+    scores = [] if score is None else [score.words]
+    for note in [*_notes(certificate), *checking.words_of_public(certificate), *scores]:
         print(f"Note: {note}")
     return 0
+
+
+def _evaluation(run: Path) -> Mapping[str, Any] | None:
+    """What `dither evaluate` left in a run folder; None of a certificate alone."""
+    file = run / "evaluation.json"
+    if not file.is_file():
+        return None
+    try:
+        found: Mapping[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        return found
+    except (OSError, ValueError) as error:
+        raise CertificateError(f"{file} is damaged: {error}", fix="restore it from a copy") from error
 
 
 def _notes(certificate: Mapping[str, Any]) -> list[str]:

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dither.errors import RunFolderError
 from dither.report.contents import Contents
+from dither.report.score import NAME, ScoreClaim, score_claim
 
 
 @dataclass(frozen=True)
@@ -25,10 +27,11 @@ class Figure:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Figures, and pictures with their names; none of the pictures counts as private."""
+    """Figures, pictures with their names, and the private score; none of the pictures counts as private."""
 
     figures: tuple[Figure, ...]
     pictures: tuple[tuple[str, Path], ...]
+    score: ScoreClaim | None
 
 
 def evaluation_of(contents: Contents, *, public: bool) -> Evaluation | None:
@@ -37,11 +40,34 @@ def evaluation_of(contents: Contents, *, public: bool) -> Evaluation | None:
     Args:
         contents: of a run folder.
         public: only figures that say that they are private.
+
+    Raises:
+        RunFolderError: the private score is damaged.
     """
-    figures = tuple(figure for figure in _figures(contents.evaluation or {}) if figure.private or not public)
+    score = score_of(contents)
+    others = {name: node for name, node in (contents.evaluation or {}).items() if name != NAME}
+    figures = tuple(figure for figure in _figures(others) if figure.private or not public)
     files = () if public else sorted((contents.path / "evaluation").glob("*.png"))
     pictures = tuple((file.stem.replace("-", " ").replace("_", " "), file) for file in files)
-    return Evaluation(figures, pictures) if figures or pictures else None
+    return Evaluation(figures, pictures, score) if figures or pictures or score else None
+
+
+def score_of(contents: Contents) -> ScoreClaim | None:
+    """The private score of a run folder; None if there is none.
+
+    Raises:
+        RunFolderError: it is damaged.
+    """
+    try:
+        return score_claim(contents.evaluation)
+    except ValueError as error:
+        raise RunFolderError(f"{contents.path / 'evaluation.json'}: {error}", fix="restore it from a copy") from error
+
+
+def has_exposed_figures(contents: Contents) -> bool:
+    """Whether an evaluation left figures or pictures that no guarantee covers."""
+    found = evaluation_of(contents, public=False)
+    return found is not None and (bool(found.pictures) or not all(figure.private for figure in found.figures))
 
 
 def _figures(node: object, name: str = "", private: bool = False) -> Iterator[Figure]:

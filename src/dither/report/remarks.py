@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from dither.report.checking import words_of_public
 from dither.report.contents import Contents
+from dither.report.evaluation import has_exposed_figures, score_of
 from dither.telemetry.names import EPSILON
 
 WEAK_EPSILON = 10.0
@@ -135,3 +136,12 @@ def _of_values(contents: Contents) -> Iterator[Remark]:
         )
     for service in contents.services:
         yield Remark("caution", f"Values were sent to {service}", "Those called non-private/... are not covered.")
+    if has_exposed_figures(contents):
+        yield Remark(
+            "caution",
+            "Evaluated on real images",
+            "evaluation.json and evaluation/ hold figures and pictures made from training and held-out images without "
+            "noise. No guarantee covers them; do not publish them.",
+        )
+    if score := score_of(contents):
+        yield Remark("note", "A second budget", score.words)
