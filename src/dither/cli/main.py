@@ -25,6 +25,9 @@ COMMANDS = {
 }
 """By name, one line of help; the command lives in `dither.cli.<name>`, imported only when it is asked for."""
 
+COMPUTING = ("train", "encode", "sample", "evaluate")
+"""Commands that run models for long; `dither bench` measures processes as they are."""
+
 USAGE = """usage: dither COMMAND [options]
 
 Train PyTorch models under differential privacy.
@@ -69,6 +72,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if words[0] not in COMMANDS:
         return _complain(f"there is no command {words[0]!r}", f"use one of: {', '.join(COMMANDS)}; see dither --help")
+    if arguments is None and words[0] in COMPUTING:  # the process is the command's own
+        from dither.cli.allocator import keep_memory
+
+        keep_memory()
     return _run(words[0], words[1:], debug)
 
 
