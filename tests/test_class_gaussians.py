@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import TensorDataset
@@ -12,13 +13,13 @@ from dither.accounting import CLASS_GAUSSIANS, Event
 from dither.class_gaussians import (
     ClassGaussians,
     _class_moments,
-    _Examples,
     _factors,
     _moments,
     _sums,
     release_class_gaussians,
 )
 from dither.errors import ConfigurationError, LabelError, LedgerError
+from dither.releases import clipped_distances
 
 K, D, CLIP, WEIGHT = 4, 9, 2.0, 1.0
 
@@ -28,7 +29,7 @@ def _data(n: int = 40) -> TensorDataset:
 
 
 def _statistics(data: TensorDataset, middles, directions):
-    batches = [_Examples(data, len(data), K, CLIP, None).about(middles) for _ in range(3)]
+    batches = [clipped_distances(data, np.arange(len(data)), middles, CLIP, None) for _ in range(3)]
     return _sums(batches[0], K, D, WEIGHT), _moments(batches[1], D), _class_moments(batches[2], directions, K)
 
 

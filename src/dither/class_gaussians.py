@@ -23,14 +23,19 @@ from torch import Tensor
 
 from dither.accounting import CLASS_GAUSSIANS, Event, Ledger
 from dither.errors import ConfigurationError
-from dither.noise import _CLASS_GAUSSIANS, GaussianNoise, sequence
-from dither.releases import check_labels, clip_distances, load_release, save_release, usual_clip_norm
-from dither.sampling import CollateFunction, check_dataset, load_batch
+from dither.noise import _CLASS_GAUSSIANS, GaussianNoise, derived_seed
+from dither.releases import (
+    LEAST_SHARE,
+    clipped_distances,
+    image_shape,
+    load_release,
+    save_release,
+    usual_clip_norm,
+)
+from dither.sampling import CollateFunction, check_dataset
 
-_CHUNK = 4096  # examples read at once
 _MOST_ENTRIES = 4096  # of an image: its second moments are D x D
 _COUNT_WEIGHT = 0.5  # of an example in its class's count, in units of clip_norm
-_LEAST_SHARE = 0.1  # of the expected count, below which a noisy count does not divide
 _PARTS = 3  # means, the common directions, covariances
 
 
@@ -120,26 +125,27 @@ def release_class_gaussians(
         EmptyDatasetError: the dataset has no examples.
     """
     size = check_dataset(dataset)
-    shape = load_batch(dataset, np.zeros(1, dtype=np.int64), collate_fn)[0].shape[1:]  # public; the pixels are unused
+    shape = image_shape(dataset, collate_fn)
     entries = math.prod(shape)
     clip = usual_clip_norm(entries) if clip_norm is None else clip_norm
     _check(num_classes, rank, clip, entries)
     events = Ledger([Event(1.0, noise_multiplier, _PARTS, CLASS_GAUSSIANS)]).events
-    own = None if seed is None else int(sequence(seed, 0, _CLASS_GAUSSIANS).generate_state(1)[0])
-    noise = GaussianNoise(own)
+    noise = GaussianNoise(derived_seed(seed, _CLASS_GAUSSIANS))
 
-    data = _Examples(dataset, size, num_classes, clip, collate_fn)
+    def about(middles: Tensor) -> _Batches:
+        return clipped_distances(dataset, np.arange(size), middles, clip, collate_fn)
+
     weight = _COUNT_WEIGHT * clip
-    sums = _sums(data.about(torch.full((num_classes, 1), centre, dtype=torch.float64)), num_classes, entries, weight)
+    sums = _sums(about(torch.full((num_classes, 1), centre, dtype=torch.float64)), num_classes, entries, weight)
     noise.add_([sums], noise_multiplier * math.hypot(clip, weight), step=0)
-    counts = (sums[:, -1] / weight).clamp(min=_LEAST_SHARE * size / num_classes)
+    counts = (sums[:, -1] / weight).clamp(min=LEAST_SHARE * size / num_classes)
     means = centre + sums[:, :-1] / counts[:, None]
 
-    moments = _moments(data.about(means), entries)
+    moments = _moments(about(means), entries)
     noise.add_([moments], noise_multiplier * clip**2, step=1)
     directions = torch.linalg.eigh((moments + moments.T) / 2).eigenvectors[:, -rank:]
 
-    covariances = _class_moments(data.about(means), directions, num_classes)
+    covariances = _class_moments(about(means), directions, num_classes)
     noise.add_([covariances], noise_multiplier * clip**2, step=2)
     factors = _factors(covariances / counts[:, None, None], noise_multiplier * clip**2 / counts)
     return ClassGaussians(
@@ -152,27 +158,6 @@ def release_class_gaussians(
 
 
 _Batches = Iterable[tuple[Tensor, Tensor]]
-
-
-@dataclass(frozen=True)
-class _Examples:
-    """The private examples, read in chunks."""
-
-    dataset: Any
-    size: int
-    num_classes: int
-    clip_norm: float
-    collate_fn: CollateFunction | None
-
-    def about(self, middles: Tensor) -> _Batches:
-        """Distances (b, D) of images from their class's middle (K, D), clipped, and labels (b,), chunk by chunk."""
-        for start in range(0, self.size, _CHUNK):
-            indices = np.arange(start, min(self.size, start + _CHUNK))
-            batch = load_batch(self.dataset, indices, self.collate_fn)
-            images, labels = (part.detach().cpu() for part in batch[:2])
-            check_labels(labels, self.num_classes)
-            distances, finite = clip_distances(images.double().flatten(1) - middles[labels], self.clip_norm)
-            yield distances[finite], labels[finite]
 
 
 def _sums(batches: _Batches, num_classes: int, entries: int, weight: float) -> Tensor:

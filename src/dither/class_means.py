@@ -8,7 +8,6 @@ gradients. Source: Li et al. 2025, "From Easy to Hard: Building a Shortcut for D
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +18,9 @@ from torch import Tensor
 
 from dither.accounting import CLASS_MEANS, Event, Ledger
 from dither.errors import ConfigurationError
-from dither.noise import _CLASS_MEANS, GaussianNoise, sequence
-from dither.releases import check_labels, clip_distances, load_release, save_release
-from dither.sampling import CollateFunction, PoissonSampler, check_dataset, load_batch
-
-_CHUNK = 1024  # examples read at once
-_LEAST_SHARE = 0.1  # of the expected count, below which a noisy count does not divide
+from dither.noise import _CLASS_MEANS, GaussianNoise, derived_seed
+from dither.releases import LEAST_SHARE, clipped_distances, image_shape, load_release, save_release
+from dither.sampling import CollateFunction, PoissonSampler, check_dataset
 
 
 @dataclass(frozen=True)
@@ -113,7 +109,7 @@ def release_class_means(
     _check(num_classes, clip_norm, draws, sample_rate, count_weight)
     event = Event(sample_rate, noise_multiplier, draws, CLASS_MEANS)
     events = Ledger([event]).events  # refuses what no ledger takes
-    own = None if seed is None else int(sequence(seed, 0, _CLASS_MEANS).generate_state(1)[0])
+    own = derived_seed(seed, _CLASS_MEANS)
     sampler, noise = PoissonSampler(size, sample_rate * size, seed=own), GaussianNoise(own)
     weight = 0.0 if count_weight is None else count_weight
     deviation = noise_multiplier * math.hypot(clip_norm, weight)
@@ -124,7 +120,7 @@ def release_class_means(
         noisy = {"sums": sums, "counts": counts * weight} if weight else {"sums": sums}
         noise.add_(noisy, deviation, step=index)
         divisor = (
-            (noisy["counts"] / weight).clamp(min=_LEAST_SHARE * expected) if weight else counts.new_tensor(expected)
+            (noisy["counts"] / weight).clamp(min=LEAST_SHARE * expected) if weight else counts.new_tensor(expected)
         )
         mean = centre + sums / divisor.view(-1, *[1] * (sums.dim() - 1))
         means.append(mean if limits is None else mean.clamp(*limits))
@@ -136,17 +132,14 @@ def _sums(
     dataset: Any, indices: np.ndarray[Any, Any], classes: int, clip_norm: float, centre: float, collate: Any
 ) -> tuple[Tensor, Tensor]:
     """Sums of clipped images (classes, ...) and numbers of examples (classes,), both float64; no noise in them yet."""
-    first: Sequence[Tensor] = load_batch(dataset, np.zeros(1, dtype=np.int64), collate)
-    sums = torch.zeros(classes, *first[0].shape[1:], dtype=torch.float64)  # the shape is public, the pixels unused
+    shape = image_shape(dataset, collate)
+    sums = torch.zeros(classes, math.prod(shape), dtype=torch.float64)
     counts = torch.zeros(classes, dtype=torch.float64)
-    for start in range(0, len(indices), _CHUNK):
-        batch = load_batch(dataset, indices[start : start + _CHUNK], collate)
-        images, labels = (part.detach().cpu() for part in batch[:2])
-        check_labels(labels, classes)
-        moved, finite = clip_distances(images.double() - centre, clip_norm)  # what is not finite takes no part
+    middles = torch.full((classes, 1), centre, dtype=torch.float64)
+    for moved, labels in clipped_distances(dataset, indices, middles, clip_norm, collate):
         sums.index_add_(0, labels, moved)
-        counts.index_add_(0, labels, finite.double())
-    return sums, counts
+        counts.index_add_(0, labels, torch.ones(len(labels), dtype=torch.float64))
+    return sums.view(classes, *shape), counts
 
 
 def _check(num_classes: int, clip_norm: float, draws: int, sample_rate: float, count_weight: float | None) -> None:

@@ -56,6 +56,11 @@ def check_seed(seed: int | None) -> None:
         )
 
 
+def derived_seed(seed: int | None, purpose: int) -> int | None:
+    """A run's seed for one purpose of its own; None stays fresh entropy."""
+    return None if seed is None else int(sequence(seed, 0, purpose).generate_state(1)[0])
+
+
 def sequence(seed: int | None, step: int, purpose: int) -> np.random.SeedSequence:
     """The key of one stream: fresh from the operating system, or derived from (seed, step, purpose)."""
     if seed is None:

@@ -4,30 +4,62 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dither.accounting import Event, Ledger
 from dither.errors import LabelError, LedgerError, OutputPathError, RunFolderError
+from dither.sampling import CollateFunction, load_batch
+
+LEAST_SHARE = 0.1
+"""Of the expected count of a class, below which a noisy count does not divide."""
+_CHUNK = 1024  # examples read at once
 
 
-def clip_distances(distances: Tensor, clip_norm: float) -> tuple[Tensor, Tensor]:
-    """Scale each row's norm down to a bound.
+def image_shape(dataset: Any, collate_fn: CollateFunction | None) -> torch.Size:
+    """The shape of an image, which is public; the pixels are unused."""
+    shape: torch.Size = load_batch(dataset, np.zeros(1, dtype=np.int64), collate_fn)[0].shape[1:]
+    return shape
+
+
+def clipped_distances(
+    dataset: Any,
+    indices: np.ndarray[Any, Any],
+    middles: Tensor,
+    clip_norm: float,
+    collate_fn: CollateFunction | None,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Distances of images from their class's middle, each scaled down to a norm of at most `clip_norm`, in chunks.
+
+    Images that are not finite are left out, labels and all.
 
     Args:
-        distances: (b, ...).
+        dataset: map-style; an example is an image of D entries and a label in 0..K-1.
+        indices: of the examples to read.
+        middles: (K, D) float64, or (K, 1).
         clip_norm: the bound.
+        collate_fn: list of examples to batch; torch's default_collate if None.
 
     Returns:
-        The rows, (b, ...), zero where they are not finite; and which are, (b,) bool: only these may be counted.
+        Distances (b, D) float64 and labels (b,), chunk by chunk.
+
+    Raises:
+        LabelError: a label is outside 0..K-1.
     """
-    norms = distances.flatten(1).norm(dim=1)
-    factors = (clip_norm / norms).clamp(max=1.0).view(-1, *[1] * (distances.dim() - 1))
-    finite = norms.isfinite()
-    return torch.where(finite.view_as(factors), distances * factors, 0.0), finite
+    for start in range(0, len(indices), _CHUNK):
+        batch = load_batch(dataset, indices[start : start + _CHUNK], collate_fn)
+        images, labels = (part.detach().cpu() for part in batch[:2])
+        check_labels(labels, len(middles))
+        distances = images.double().flatten(1) - middles[labels]
+        norms = distances.norm(dim=1)
+        finite = norms.isfinite()
+        factors = (clip_norm / norms[finite]).clamp(max=1.0)
+        yield distances[finite] * factors[:, None], labels[finite]
 
 
 def usual_clip_norm(entries: int) -> float:
