@@ -145,7 +145,7 @@ class Ledger:
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Ledger) and self._events == other._events
 
-    __hash__ = None  # type: ignore[assignment]
+    __hash__ = None  # type: ignore[assignment]  # it grows, so it has none: mypy wants object's method
 
     def __repr__(self) -> str:
         return f"Ledger({self._events!r})"

@@ -118,7 +118,8 @@ class _Denoiser:
         shown = torch.zeros(len(self.y), dtype=torch.bool, device=self.y.device)
         times = t.expand(len(self.y))
         if self.guidance == 1:
-            return self.model(x, times, self.y, drop_label=shown)  # type: ignore[no-any-return]
+            alone: Tensor = self.model(x, times, self.y, drop_label=shown)
+            return alone
         hidden = torch.cat([shown, ~shown])
         both = self.model(torch.cat([x, x]), times.repeat(2), self.y.repeat(2), drop_label=hidden)
         labelled, unlabelled = both.chunk(2)
@@ -176,8 +177,8 @@ def _check(sampler: str, steps: int, process: Process, batch_size: int, churn: C
 
 def _shape(model: nn.Module) -> tuple[int, int, int]:
     try:
-        side = int(model.input_size)  # type: ignore[arg-type]
-        return int(model.in_channels), side, side  # type: ignore[arg-type]
+        side, channels = (int(getattr(model, name)) for name in ("input_size", "in_channels"))
+        return channels, side, side
     except AttributeError:
         raise ConfigurationError(
             f"{type(model).__name__} does not say its image shape", fix="pass image_shape=(C, H, W)"
