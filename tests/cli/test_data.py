@@ -32,13 +32,13 @@ def test_a_folder_of_images(tmp_path, capsys, monkeypatch):
     assert main(["train", *SHORT, *words, "--data.skip_broken=true", f"--output={run}"]) == 0
     out = " ".join(capsys.readouterr().out.split())
     assert "Left out 1 (not private): pear/3.png" in out
-    assert "one token an image" in out
+    assert "Patches of 6 x 6 pixels" in out
     assert f"dither sample {run} --label pear" in out
     images = json.loads((run / "run.json").read_text())["images"]
     assert images["dataset"] == "fruit" and images["class_names"] == ["apple", "pear"]
     assert (images["input_size"], images["in_channels"], images["num_classes"]) == (12, 1, 2)
     config = yaml.safe_load((run / "config.yaml").read_text())
-    assert config["data"]["path"] == str(root) and config["recipe"]["patch_size"] == 12
+    assert config["data"]["path"] == str(root) and config["recipe"]["patch_size"] == 6
     assert json.loads((run / "certificate.json").read_text())["dataset_size"] == 11
 
     (tmp_path / "away").mkdir()
@@ -150,6 +150,7 @@ def test_settings_are_chosen_for_the_data_and_the_users_win(tmp_path, capsys):
     assert config["recipe"]["multiplicity"] == 2 and config["privacy"]["steps"] == 1
     certificate = json.loads((run / "certificate.json").read_text())
     assert certificate["delta"] == config["privacy"]["delta"] < 0.1
+    assert f"at delta {certificate['delta']:g}." in said
     again = tmp_path / "again"
     assert main(["train", f"--config={run / 'config.yaml'}", f"--output={again}"]) == 0
     assert "each can be given" not in capsys.readouterr().out  # all are, by the file

@@ -9,8 +9,8 @@ import pytest
 from dither.diffusion.defaults import choose
 
 
-def _of(*arguments):
-    return {f"{one.group}.{one.name}": one.value for one in choose(*arguments)}
+def _of(*arguments, **options):
+    return {f"{one.group}.{one.name}": one.value for one in choose(*arguments, **options)}
 
 
 @pytest.mark.parametrize("examples", [40, 999, 1000, 1437, 60_000, 1_281_167])
@@ -31,3 +31,15 @@ def test_by_shape():
     assert _of(60_000, 10, 32, 3, False)["warm_up.centre"] == 0
     assert "warm_up.kind" not in _of(900, 10, 28, 1, False)  # too few of each class
     assert all(one.reason for one in choose(60_000, 10, 28, 1, False))
+
+
+def test_what_the_user_gave_decides():
+    clothes = (60_000, 10, 28, 1, False)
+    for name in ("model", "patch_size", "hidden_size", "prediction"):  # another model: none of it is changed
+        chosen = _of(*clothes, given={f"recipe.{name}"})
+        assert not {"recipe.patch_size", "recipe.hidden_size", "recipe.prediction"} & chosen.keys()
+        assert "warm_up.kind" in chosen
+    assert not any(name.startswith("warm_up") for name in _of(*clothes, given={"warm_up.kind"}))
+    assert not any(name.startswith("warm_up") for name in _of(*clothes, epsilon=None))  # no budget to have a share of
+    smaller = _of(*clothes, batch=600, given={"privacy.expected_batch_size"})
+    assert smaller["privacy.steps"] == 2000 and "privacy.expected_batch_size" not in smaller

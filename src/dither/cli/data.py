@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -102,8 +102,8 @@ def pictures(drawn: Tensor, images: Images) -> Tensor:
     return Autoencoder(Path(images.latents["vae"])).decode(drawn.cpu())
 
 
-def fit_patches(recipe: Recipe, images: Images, console: Console) -> Recipe:
-    """A recipe whose patches tile the images: where the named model's do not, the largest smaller size that does.
+def fit_patches(recipe: Recipe, images: Images, console: Console) -> dict[str, int]:
+    """What of the recipe to change so that patches tile the images: the largest smaller size that does, or nothing.
 
     Raises:
         ConfigurationError: the user's patch size does not divide the side, or no size from 2 to the model's does.
@@ -113,7 +113,7 @@ def fit_patches(recipe: Recipe, images: Images, console: Console) -> Recipe:
     side, own = images.input_size, preset_patch_size(recipe.model)
     patch = own if recipe.patch_size is None else recipe.patch_size
     if patch is None or side % patch == 0:  # without a patch, no such model: building it says so
-        return recipe
+        return {}
     fitting = [size for size in range(2, patch) if side % size == 0]
     if recipe.patch_size is not None or not fitting:
         choices = ", ".join(map(str, fitting)) or f"no patch size above 1 and below {patch} does"
@@ -127,4 +127,4 @@ def fit_patches(recipe: Recipe, images: Images, console: Console) -> Recipe:
         highlight=False,
         soft_wrap=True,
     )
-    return replace(recipe, patch_size=fitting[-1])
+    return {"patch_size": fitting[-1]}

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 from dither.cli.model_choice import find_users_modules
-from dither.cli.options import SHORT, Options, train_parser
+from dither.cli.options import SHORT, Options, Privacy, train_parser
 from dither.cli.parsing import parse
 from dither.cli.run_folder import RunFolder
 from dither.diffusion.recipe import Recipe
@@ -50,11 +51,25 @@ def read_run_options(config: Path) -> Options:
     return _options(parser, parsed, Namespace())
 
 
-def with_recipe(options: Options, recipe: Recipe) -> Options:
-    """The options with another recipe, in the text for config.yaml too."""
+def with_settings(options: Options, changes: Mapping[str, Mapping[str, Any]]) -> Options:
+    """The options with other settings, in the text for config.yaml too.
+
+    Args:
+        options: as they were read.
+        changes: by group ("recipe", "privacy", "warm_up"), values by name.
+    """
     content = yaml.safe_load(options.text)
-    content["recipe"] |= {name: getattr(recipe, name) for name in content["recipe"]}
-    return replace(options, recipe=recipe, text=yaml.safe_dump(content, sort_keys=False))
+    for group, values in changes.items():
+        content[group] |= values
+        options = replace(options, **{group: replace(getattr(options, group), **values)})
+    text = yaml.safe_dump(content, sort_keys=False)
+    return replace(options, recipe=_planned(options.recipe, options.privacy), text=text)
+
+
+def _planned(recipe: Recipe, privacy: Privacy) -> Recipe:
+    """The recipe with the steps, batch and bound of the privacy options, which are the ones that count."""
+    shared = ("steps", "expected_batch_size", "max_grad_norm")
+    return replace(recipe, **{name: getattr(privacy, name) for name in shared})
 
 
 def expand(word: str) -> str:
@@ -100,12 +115,7 @@ def _options(parser: ArgumentParser, parsed: Namespace, given: Namespace) -> Opt
     model, source = parsed.pop("model"), parsed.pop("finetune.from")  # built later, after the seed
     made = parser.instantiate(parsed)
     privacy = made.privacy
-    recipe = replace(
-        made.recipe,
-        steps=privacy.steps,
-        expected_batch_size=privacy.expected_batch_size,
-        max_grad_norm=privacy.max_grad_norm,
-    )
+    recipe = _planned(made.recipe, privacy)
     _check(recipe, made)
     if made.telemetry.samples < 0:
         raise ConfigurationError(f"--telemetry.samples {made.telemetry.samples} is below 0", fix="0 draws none")

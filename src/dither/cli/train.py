@@ -21,7 +21,7 @@ from dither.cli.models import run_model, start_model
 from dither.cli.options import Options
 from dither.cli.progress import TrainingProgress
 from dither.cli.public_data import read_public
-from dither.cli.reading import read_options, with_recipe
+from dither.cli.reading import read_options, with_settings
 from dither.cli.results import grid_steps, write_results, write_samples
 from dither.cli.run_folder import RunFolder, check_unused
 from dither.cli.warm_up import planned_release
@@ -78,8 +78,7 @@ def run(words: Sequence[str]) -> int:
         console.print(f"Interrupted. Go on with:\n  dither train --resume {folder}", highlight=False, soft_wrap=True)
         return INTERRUPTED
     write_samples(ready.folder.samples, ready.folder.images, ready.model, ready.options.recipe, training.ema)
-    epsilon, delta = training.epsilon(), options.privacy.delta
-    console.print(f"Spent epsilon {epsilon:.3f} at delta {delta:g}.", highlight=False)
+    console.print(f"Spent epsilon {training.epsilon():.3f} at delta {training.delta:g}.", highlight=False)
     console.print(f"Samples {ready.folder.samples}", highlight=False, soft_wrap=True)
     console.print(f"Certificate {ready.folder.certificate}", highlight=False, soft_wrap=True)
     console.print(f"Report {write_report(folder)}", highlight=False, soft_wrap=True)
@@ -98,7 +97,7 @@ def _create(options: Options, console: Console) -> Run:
     images = images_of(data)
     options = choose_for_data(options, images, len(data), console)
     if options.model == "dit" and options.finetune_from is None:  # a checkpoint has patches of its own
-        options = with_recipe(options, fit_patches(options.recipe, images, console))
+        options = with_settings(options, {"recipe": fit_patches(options.recipe, images, console)})
     public = read_public(options, images, console)
     folder = RunFolder.create(options.output or _default_output(images.dataset), images)
     try:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from dither.diffusion.ordinary_training import LabelledImages, OrdinaryTraining
 
 _PIXELS = (-1.0, 1.0)
-_DRAWN = 1000  # images of each class shown beside each other, and the length of an endless set
+_SHOWN = 10  # drawn images of each class in the picture of a release
 
 
 def planned_release(options: Options) -> tuple[Event, ...]:
@@ -85,17 +85,20 @@ def release(options: Options, folder: RunFolder, data: ImageData, console: Conso
     found: ClassMeans | ClassGaussians
     if chosen.kind == "gaussians":
         found = release_class_gaussians(data, rank=min(chosen.rank, entries), **common)
+        labels = torch.arange(images.num_classes).repeat(_SHOWN)
+        shown, said = found.draw(labels, _PIXELS), "Gaussian"
     else:
         limits = None if images.latents is not None else _PIXELS
         found = release_class_means(
             data, draws=chosen.draws, sample_rate=event.sampling_probability, limits=limits, **common
         )
+        shown, labels, said = found.images, found.labels, "mean"
     found.save(file)
     if images.latents is None:
-        shown = _drawn_from(found, images.num_classes, _PIXELS).batch(torch.arange(10 * images.num_classes))
-        save_grid(*shown, file.with_suffix(".png"))
-    said = f"a noisy {'Gaussian' if chosen.kind == 'gaussians' else 'mean'} of each class"
-    console.print(f"Warm-up: {said} is released, at noise {event.noise_multiplier:.3g}.", highlight=False)
+        save_grid(shown, labels, file.with_suffix(".png"))
+    console.print(
+        f"Warm-up: a noisy {said} of each class is released, at noise {event.noise_multiplier:.3g}.", highlight=False
+    )
     return found
 
 
@@ -103,14 +106,17 @@ def warm_up_training(
     options: Options, folder: RunFolder, model: nn.Module, released: ClassMeans | ClassGaussians
 ) -> OrdinaryTraining:
     """The steps on what was released: of the parameters that the private steps train."""
+    from dither.class_means import ClassMeans
     from dither.diffusion.ordinary_training import OrdinaryTraining
     from dither.diffusion.recipe import build_loss
 
     images, chosen = folder.images, options.warm_up
+    limits = None if images.latents is not None else _PIXELS
+    data: LabelledImages = _Means(released) if isinstance(released, ClassMeans) else _Drawn(released, limits)
     return OrdinaryTraining(
         model,
         [parameter for parameter in model.parameters() if parameter.requires_grad],
-        _drawn_from(released, images.num_classes, None if images.latents is not None else _PIXELS),
+        data,
         build_loss(options.recipe, images.num_classes),
         steps=chosen.steps,
         learning_rate=chosen.learning_rate,
@@ -127,27 +133,17 @@ class _Means:
         return len(self._means.images)
 
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        chosen = indices % len(self)
-        return self._means.images[chosen], self._means.labels[chosen]
+        return self._means.images[indices], self._means.labels[indices]
 
 
 class _Drawn:
-    """Fresh images of the Gaussians, class by class in turn."""
+    """An entry for each class; whoever reads it gets a fresh image of the class's Gaussian."""
 
-    def __init__(self, gaussians: ClassGaussians, num_classes: int, limits: tuple[float, float] | None) -> None:
-        self._gaussians, self._num_classes, self._limits = gaussians, num_classes, limits
+    def __init__(self, gaussians: ClassGaussians, limits: tuple[float, float] | None) -> None:
+        self._gaussians, self._limits = gaussians, limits
 
     def __len__(self) -> int:
-        return _DRAWN * self._num_classes
+        return len(self._gaussians.means)
 
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        labels = indices % self._num_classes
-        return self._gaussians.draw(labels, self._limits), labels
-
-
-def _drawn_from(
-    released: ClassMeans | ClassGaussians, num_classes: int, limits: tuple[float, float] | None
-) -> LabelledImages:
-    from dither.class_means import ClassMeans
-
-    return _Means(released) if isinstance(released, ClassMeans) else _Drawn(released, num_classes, limits)
+        return self._gaussians.draw(indices, self._limits), indices

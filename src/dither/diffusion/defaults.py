@@ -6,6 +6,7 @@ Nothing here looks at an image. The numbers were found on Fashion-MNIST's traini
 from __future__ import annotations
 
 import math
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ _PASSES, _FEWEST_STEPS = 20, 150
 _ONE_TOKEN = 1024  # entries of an image, up to which one token holds it
 _GAUSSIANS = 4096  # entries, up to which second moments are released
 _FEWEST_OF_A_CLASS = 100
+_MODEL = {f"recipe.{name}" for name in ("model", "patch_size", "hidden_size", "depth", "num_heads", "prediction")}
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,21 @@ class Choice:
     reason: str
 
 
-def choose(examples: int, num_classes: int, side: int, channels: int, latents: bool) -> list[Choice]:
+def choose(
+    examples: int,
+    num_classes: int,
+    side: int,
+    channels: int,
+    latents: bool,
+    *,
+    epsilon: float | None = 10.0,
+    batch: float | None = None,
+    given: AbstractSet[str] = frozenset(),
+) -> list[Choice]:
     """Settings for a data set other than the demo's digits.
+
+    The settings of a model go together, and so do those of a warm-up: where the user gave the model's name, one of its
+    settings or the kind of warm-up, the rest of these stay as they are.
 
     Args:
         examples: number of images; taken as public, as the accounting takes it.
@@ -42,18 +57,21 @@ def choose(examples: int, num_classes: int, side: int, channels: int, latents: b
         side: of an image, in pixels or latent cells.
         channels: of an image.
         latents: whether the images are an autoencoder's latents.
+        epsilon: of the run; None where its noise is given, and a warm-up could have no share of it.
+        batch: the user's expected batch size; None chooses one.
+        given: "group.name" of what the user gave, which is not chosen.
     """
     entries = channels * side**2
-    batch = min(_LARGEST_BATCH, max(1, examples // 2))
+    batch = min(_LARGEST_BATCH, max(1, examples // 2)) if batch is None else batch
     steps = max(_FEWEST_STEPS, round(_PASSES * examples / batch))
     chosen = [
         Choice("privacy", "delta", 10.0 ** -(math.floor(math.log10(examples)) + 1), f"below 1 / {examples:,}"),
         Choice("privacy", "expected_batch_size", batch, "a step's noise is shared by its batch"),
         Choice("privacy", "steps", steps, f"about {steps * batch / examples:.0f} passes over the images"),
         Choice("recipe", "multiplicity", 4, "noise draws of an image within its one clipped gradient"),
-        Choice("recipe", "learning_rate", 3e-3, "goes with this batch"),
+        Choice("recipe", "learning_rate", 3e-3, "right for large batches"),
     ]
-    if entries <= _ONE_TOKEN and not latents:
+    if entries <= _ONE_TOKEN and not latents and _MODEL.isdisjoint(given):
         whole = "one token an image: the noise spoils few weights, and a step is short"
         narrow = "a token narrower than its patch cannot pass noise through, so the image is predicted"
         chosen += [
@@ -61,7 +79,8 @@ def choose(examples: int, num_classes: int, side: int, channels: int, latents: b
             Choice("recipe", "hidden_size", 128, "two blocks of this width"),
             Choice("recipe", "prediction", "sample", narrow),
         ]
-    if entries <= _GAUSSIANS and not latents and examples >= _FEWEST_OF_A_CLASS * num_classes:
+    enough = examples >= _FEWEST_OF_A_CLASS * num_classes
+    if entries <= _GAUSSIANS and not latents and enough and epsilon is not None and "warm_up.kind" not in given:
         dark = (
             "the empty pixel of grey images is taken as dark" if channels == 1 else "colours are taken about mid-grey"
         )
@@ -71,4 +90,4 @@ def choose(examples: int, num_classes: int, side: int, channels: int, latents: b
             Choice("warm_up", "steps", 800, "on images drawn from these, which cost nothing more"),
             Choice("warm_up", "learning_rate", 2e-3, "of its first step"),
         ]
-    return chosen
+    return [one for one in chosen if f"{one.group}.{one.name}" not in given]
