@@ -82,11 +82,34 @@ def test_auto_grows_only_while_memory_allows(monkeypatch):
         state["used"] = 20.0 * len(part)
         assert state["used"] <= 500
     assert size.current == 16 and not size._growing  # 32 would take 640 of the 500 allowed
-    roomy = MicrobatchSize("auto", CPU)
-    state["used"] = 0.0
-    list(roomy.split(np.arange(500)))
-    assert roomy.current == 64
     assert MicrobatchSize("auto", CPU, seeded=True).current == 32
+
+
+@pytest.mark.parametrize(
+    "per_call, per_example, found", [(1.0, 0.001, 512), (0.0, 1.0, 64), (100.0, 1.0, 512), (3.0, 1.0, 64)]
+)
+def test_auto_grows_beyond_64_only_while_examples_get_faster(monkeypatch, per_call, per_example, found):
+    clock = {"now": 0.0}
+    monkeypatch.setattr("dither.microbatches._memory", lambda device: (0.0, 1e12))
+    monkeypatch.setattr("dither.microbatches._peak", lambda device: 0.0)
+    monkeypatch.setattr("dither.microbatches.time.perf_counter", lambda: clock["now"])
+    size, proved = MicrobatchSize("auto", CPU), set()
+    for _ in range(3):
+        for part in size.split(np.arange(5000)):
+            proof = 1.0 if len(part) in proved else 5.0  # a size is slow the first time
+            clock["now"] += proof * (per_call + per_example * len(part))
+            proved.add(len(part))
+    assert size.current == found and not size._growing
+
+
+def test_remainders_have_few_sizes():
+    size, seen = MicrobatchSize(64, CPU), set()
+    for count in range(1, 400):
+        parts = [len(part) for part in size.split(np.arange(count))]
+        assert sum(parts) == count and len(parts) <= count // 64 + 2
+        seen |= set(parts)
+    assert seen == {64, *range(8, 64, 8), *range(1, 8)}
+    assert [len(part) for part in MicrobatchSize(5, CPU).split(np.arange(9))] == [5, 4]
 
 
 def test_auto_goes_back_where_held_gradients_no_longer_fit_the_budget():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import Any
@@ -13,7 +14,12 @@ from dither.clipping.machine import free_memory
 from dither.errors import ConfigurationError
 
 _FIRST = 4  # examples in the first micro-batch of "auto"
-_LARGEST = {"cuda": 256}  # on other devices 64: beyond it a CPU's cache loses more than the GEMMs win
+_LARGEST = {"cuda": 256}
+_LARGEST_ELSEWHERE = 512
+_TIMED_FROM = 64  # on a CPU: beyond it a cache may lose more than fewer, larger operations win
+_TIMINGS = 4  # micro-batches of a size that are timed; the first, which proves the examples' places, does not count
+_FASTER = 0.95  # of an example's time at half the size: what a larger size has to reach
+_LADDER = 8  # sizes below the current one that remainders take, so that few sizes have to be proved
 _SEEDED = 32  # "auto" under a seed, where splitting by measured memory would change the rounding
 _REFUSALS = 3
 _SHARE = 0.5  # of the free memory that a micro-batch may take
@@ -24,11 +30,15 @@ class MicrobatchSize:
     """How many examples to compute at once: performance only, the mechanism does not know it.
 
     A number is kept. "auto" starts at 4 examples and doubles while the memory that the last micro-batch added to the
-    process's peak, taken twice, fits in half of what is free; at most 256 on CUDA, 64 elsewhere. It stops growing at
-    the third micro-batch for which this does not hold. Where the plan predicts more time for an example than at half
-    the size, because what no longer fits the memory budget is computed twice, it goes back to that half. Nothing is
-    computed only to measure it; while it grows, the system's record of the peak (VmHWM on Linux, torch's on CUDA) is
-    reset. Under a seed "auto" is 32, so that a resumed run rounds alike.
+    process's peak, taken twice, fits in half of what is free. It stops growing at the third micro-batch for which this
+    does not hold. Where the plan predicts more time for an example than at half the size, because what no longer fits
+    the memory budget is computed twice, it goes back to that half. On a CPU it grows beyond 64 only while an example
+    takes less time than at half the size, as measured. At most 256 on CUDA, 512 elsewhere. Nothing is computed only to
+    measure it; while it grows, the system's record of the peak (VmHWM on Linux, torch's on CUDA) is reset. Under a
+    seed "auto" is 32, so that a resumed run rounds alike.
+
+    A remainder is cut in two: a multiple of an eighth of the size, and the rest. Poisson batches have another size
+    each step, and every new size of a micro-batch costs a proof of the examples' places; so there are few of them.
 
     Args:
         size: a number of examples, or "auto".
@@ -50,19 +60,28 @@ class MicrobatchSize:
         self._refusals = 0
         self._cheapest = float("inf")
         self._cost: float | None = None
-        self._largest = _LARGEST.get(device.type, 64)
+        self._largest = _LARGEST.get(device.type, _LARGEST_ELSEWHERE)
+        self._timings: list[float] = []
+        self._at_half = float("inf")
         self.current = size if isinstance(size, int) else (_SEEDED if seeded else _FIRST)
 
     def split(self, indices: Sequence[int] | np.ndarray[Any, Any]) -> Iterator[np.ndarray[Any, Any]]:
         """Cut a logical batch into micro-batches; the size may grow between them."""
         rest = np.asarray(indices)
         while len(rest):
-            size = self.current
-            before = _memory(self._device) if self._growing and len(rest) >= size else None
+            size = self._fitting(len(rest))
+            before = _memory(self._device) if self._growing and size == self.current else None
+            began = time.perf_counter()
             yield rest[:size]
             rest = rest[size:]
             if before is not None:
+                self._timings.append((time.perf_counter() - began) / size)
                 self._grow(before)
+
+    def _fitting(self, left: int) -> int:
+        """The size of the next micro-batch, with so many examples left."""
+        step = max(1, self.current // _LADDER)
+        return min(self.current, left - left % step) or left
 
     def planned(self, seconds: float) -> None:
         """Take note of the time that the plan predicts for the micro-batch that `split` gave last.
@@ -75,16 +94,32 @@ class MicrobatchSize:
     def _grow(self, before: tuple[float, float]) -> None:
         if self._cost is not None:
             if self._cost > _DEARER * self._cheapest:
-                self.current, self._growing = self.current // 2, False
+                self._go_back()
                 return
-            self._cheapest, self._cost = self._cost, None
+            self._cheapest, self._cost = min(self._cost, self._cheapest), None
+        if self.current >= _TIMED_FROM and self._device.type != "cuda" and not self._pays():
+            return
         used, free = before
         peak = _peak(self._device)
         if 2.0 * max(peak - used, 0.0) <= _SHARE * free:
+            self._growing = self.current < self._largest
             self.current = min(2 * self.current, self._largest)
+            self._at_half, self._timings = min(self._timings[1:], default=float("inf")), []
         else:
             self._refusals += 1  # the first micro-batches also pay for buffers that stay
-        self._growing = self.current < self._largest and self._refusals < _REFUSALS
+            self._growing = self._refusals < _REFUSALS
+
+    def _pays(self) -> bool:
+        """Whether an example was faster in micro-batches of this size than at half of it, once enough were timed."""
+        if len(self._timings) < _TIMINGS:
+            return False
+        if min(self._timings[1:]) > _FASTER * self._at_half:
+            self._go_back()
+            return False
+        return True
+
+    def _go_back(self) -> None:
+        self.current, self._growing = self.current // 2, False
 
 
 def _memory(device: torch.device) -> tuple[float, float]:
