@@ -21,6 +21,7 @@ NAMES = {
     "clipped_sum",
     "compile",
     "constant",
+    "keep_memory",
     "per_example_gradients",
     "per_example_norms",
     "register_rule",
@@ -30,6 +31,7 @@ NAMES = {
 ARGUMENTS = {
     "batched": "tensor axis=0",
     "constant": "tensor",
+    "keep_memory": "",
     "compile": "module backend='inductor' dynamic=None",
     "clipped_sum": (
         "model loss_fn max_grad_norm=1.0 clipping='flat' strategy='auto' rows_per_example=None memory_budget=None "

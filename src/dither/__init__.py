@@ -1,5 +1,6 @@
 """dither: train PyTorch models under differential privacy, exactly, whatever their forward takes."""
 
+from dither.allocator import keep_memory
 from dither.capture.compiled import compile
 from dither.capture.declared import batched, constant
 from dither.clipping import (
@@ -26,6 +27,7 @@ __all__ = [
     "clipped_sum",
     "compile",
     "constant",
+    "keep_memory",
     "per_example_gradients",
     "per_example_norms",
     "register_rule",

@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from torch import Tensor
 
+from dither.allocator import give_back
 from dither.benchmark.contenders import OURS, Contender, contender
 from dither.benchmark.models import MODELS, Workload
 from dither.benchmark.results import Cell
@@ -120,6 +121,7 @@ def peak(workload: Workload, name: str) -> Cell:
     _try(cell, lambda: contender(name, small, 1).step())  # loads the code that a step runs
     kept = workload.build(), workload.batches(PEAK_MICROBATCHES)  # as much as the contender's own copies
     gc.collect()
+    give_back()
     before = resident()
     del kept
     gc.collect()

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from dither.allocator import keep_memory
 from dither.benchmark.measure import PEAK_MICROBATCHES, first_line
 from dither.benchmark.results import JAX_PLAIN, JAX_PRIVATE, Cell, Explained, Growth
 
@@ -38,9 +38,7 @@ def ask(request: dict[str, Any], command: Sequence[str] = ()) -> Any:
         WorkerError: it failed; with the last line of its errors, or the signal that ended it.
     """
     command = command or (sys.executable, "-m", "dither.benchmark.worker")
-    # Freed tensors go back to the system at once, so that they are not counted in a later peak.
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**16)} if request["task"] == "peak" else None
-    done = subprocess.run([*command, json.dumps(request)], capture_output=True, text=True, env=environment, check=False)
+    done = subprocess.run([*command, json.dumps(request)], capture_output=True, text=True, check=False)
     if done.returncode < 0:
         raise WorkerError(f"ended by {signal.Signals(-done.returncode).name}")
     if done.returncode:
@@ -131,6 +129,7 @@ def main() -> None:
     import torch
 
     asked = json.loads(sys.argv[1])
+    keep_memory()  # whoever is measured, as dither's commands do
     if asked["threads"] is not None:
         torch.set_num_threads(asked["threads"])
     warnings.simplefilter("ignore")  # of other libraries; what matters is an error, and in the table

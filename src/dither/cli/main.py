@@ -26,7 +26,7 @@ COMMANDS = {
 """By name, one line of help; the command lives in `dither.cli.<name>`, imported only when it is asked for."""
 
 COMPUTING = ("train", "encode", "sample", "evaluate")
-"""Commands that run models for long; `dither bench` measures processes as they are."""
+"""Commands that run models for long; the processes of `dither bench` see to it themselves."""
 
 USAGE = """usage: dither COMMAND [options]
 
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if words[0] not in COMMANDS:
         return _complain(f"there is no command {words[0]!r}", f"use one of: {', '.join(COMMANDS)}; see dither --help")
     if arguments is None and words[0] in COMPUTING:  # the process is the command's own
-        from dither.cli.allocator import keep_memory
+        from dither.allocator import keep_memory
 
         keep_memory()
     return _run(words[0], words[1:], debug)

@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from dither.allocator import reuses
 from dither.capture.uses import ParamUse
 from dither.errors import SavedInputChangedError
 from dither.rules.crossing import crossed_norm
@@ -45,13 +46,18 @@ class Collector(Protocol):
 
 
 class Buffers:
-    """Memory for held gradients, kept between steps: on a CPU fresh pages cost more than the arithmetic."""
+    """Memory for held gradients: kept between steps where fresh pages would cost more than the arithmetic."""
 
     def __init__(self) -> None:
         self._kept: dict[object, Tensor] = {}
 
     def take(self, key: object, batch: int, parameter: Tensor) -> Tensor:
-        """An uninitialised (B, *parameter.shape) tensor; the same memory for the same key if it is large enough."""
+        """An uninitialised (B, *parameter.shape) tensor.
+
+        The same memory for the same key if it is large enough; fresh where the allocator has what activations left.
+        """
+        if reuses(parameter.device):
+            return parameter.new_empty(batch, *parameter.shape, requires_grad=False)
         needed = batch * parameter.numel()
         kept = self._kept.get(key)
         fits = kept is not None and kept.numel() >= needed and kept.dtype == parameter.dtype

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from dither.cli.allocator import keep_memory
+from dither.allocator import keep_memory
 
 pytestmark = pytest.mark.skipif(
     not hasattr(os, "confstr") or "CS_GNU_LIBC_VERSION" not in os.confstr_names, reason="needs glibc"
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(
 
 PROGRAM = """
 import ctypes, resource, sys
-from dither.cli.allocator import keep_memory
+from dither.allocator import keep_memory
 kept = keep_memory() if sys.argv[1] == "keep" else None
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
@@ -48,3 +48,36 @@ def test_pages_are_used_again():
 def test_the_users_choice_stands(monkeypatch):
     monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "131072")
     assert keep_memory() is False
+
+
+HOLDING = """
+import sys, torch, dither
+from pathlib import Path
+from torch import nn
+if sys.argv[1] == "keep":
+    dither.keep_memory()
+torch.manual_seed(0)
+layers = [part for _ in range(6) for part in (nn.Linear(384, 384, bias=False), nn.ReLU())]
+model, x = nn.Sequential(*layers), torch.randn(24, 256, 384)
+def peak():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+def step():
+    return dither.clipped_sum(model, lambda: model(x).square().mean((1, 2)), strategy="hold")
+small = x[:1].clone()
+dither.clipped_sum(model, lambda: model(small).square().mean((1, 2)), strategy="hold")
+started = peak()
+for _ in range(3):
+    result = step()
+print(peak() - started, float(result.gradients["0.weight"].double().norm()))
+"""
+
+
+def test_held_gradients_take_what_activations_left():
+    said = {}
+    for word in ("keep", "leave"):
+        done = subprocess.run([sys.executable, "-c", HOLDING, word], capture_output=True, text=True, check=True)
+        peak, norm = done.stdout.split()
+        said[word] = int(peak), float(norm)
+    assert said["keep"][0] < 0.85 * said["leave"][0]
+    assert said["keep"][1] == pytest.approx(said["leave"][1], rel=1e-6)
