@@ -62,7 +62,7 @@ OPTIONS = {
         pretrain.path pretrain.steps pretrain.learning_rate pretrain.batch_size pretrain.labels pretrain.class_names
         pretrain.num_classes pretrain.skip_broken pretrain.image_column pretrain.label_column
         unet.kind unet.block_out_channels unet.layers_per_block unet.norm_num_groups unet.attention_head_dim
-        unet.attention
+        unet.attention unet.patch_size
         data.path data.image_size data.channels data.resize data.crop data.class_names data.num_classes
         data.skip_broken data.image_column data.label_column
         privacy.epsilon privacy.delta privacy.noise_multiplier privacy.max_grad_norm privacy.expected_batch_size

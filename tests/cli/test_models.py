@@ -20,14 +20,15 @@ def certificate(run):
     return json.loads((run / "certificate.json").read_text())
 
 
-@pytest.mark.parametrize("kind", ["UNet2DModel", "UNet2DConditionModel"])
-def test_unet_of_diffusers(kind, tmp_path):
+@pytest.mark.parametrize("kind, patch", [("UNet2DModel", 1), ("UNet2DModel", 4), ("UNet2DConditionModel", 2)])
+def test_unet_of_diffusers(kind, patch, tmp_path):
     output = tmp_path / "run"
     sizes = ["--unet.block_out_channels=[8,16]", "--unet.norm_num_groups=4"]
-    words = [*QUICK, "--model=diffusers_unet", f"--unet.kind={kind}", *sizes]
+    words = [*QUICK, "--model=diffusers_unet", f"--unet.kind={kind}", f"--unet.patch_size={patch}", *sizes]
     assert main(["train", *words, f"--output={output}"]) == 0
     assert certificate(output)["verification"]["exact"] is True
     names = RunFolder.open(output).load_weights("ema")
+    assert names["unet.conv_in.weight"].shape[1] == names["unet.conv_out.weight"].shape[0] == patch**2
     assert ("class_tokens.weight" in names) == (kind == "UNet2DConditionModel")
     grid = tmp_path / "grid.png"
     assert main(["sample", str(output), "--count=1", "--steps=2", "--guidance=2", f"--output={grid}"]) == 0
@@ -87,6 +88,7 @@ def test_arguments_as_words_and_in_the_config(users_models, tmp_path):
         (["--model=no_such_module.Net"], "no_such_module"),
         (["--model=vit"], "vit"),
         (["--model=diffusers_unet", "--unet.block_out_channels=[8,8,8,8,8]"], "fewer"),
+        (["--model=diffusers_unet", "--unet.patch_size=3"], "patches of side 3"),
         (["--model=diffusers_unet", "--unet.norm_num_groups=3"], "UNet2DModel"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dither.errors import ConfigurationError
@@ -23,6 +24,8 @@ class UNet:
         norm_num_groups: groups of the group norms; divides every number of channels.
         attention_head_dim: channels of an attention head.
         attention: attend in the levels after the first.
+        patch_size: side of the patches whose pixels become channels, before the first level and back after the last.
+            2 takes a fourth of the arithmetic.
     """
 
     kind: Literal["UNet2DModel", "UNet2DConditionModel"] = "UNet2DModel"
@@ -31,6 +34,7 @@ class UNet:
     norm_num_groups: int = 8
     attention_head_dim: int = 8
     attention: bool = True
+    patch_size: int = 1
 
 
 class DiffusersUNet(nn.Module):
@@ -38,7 +42,7 @@ class DiffusersUNet(nn.Module):
 
     Args:
         unet: its sizes.
-        input_size: image side; halved at each level after the first.
+        input_size: image side; a multiple of the patch's, halved at each level after the first.
         in_channels: image channels C.
         num_classes: labels run from 0 to `num_classes - 1`; the row after them means "no label".
 
@@ -49,14 +53,14 @@ class DiffusersUNet(nn.Module):
     def __init__(self, unet: UNet, input_size: int, in_channels: int, num_classes: int) -> None:
         super().__init__()
         self.input_size, self.in_channels, self.num_classes = input_size, in_channels, num_classes
-        halvings = len(unet.block_out_channels) - 1
-        if halvings < 0 or input_size % 2**halvings:
+        self.patch_size, halvings = unet.patch_size, len(unet.block_out_channels) - 1
+        if halvings < 0 or self.patch_size < 1 or input_size % (self.patch_size * 2**halvings):
             raise ConfigurationError(
-                f"{halvings + 1} levels halve the side {input_size} to a fraction",
-                fix="give fewer --unet.block_out_channels, or another image size",
+                f"patches of side {self.patch_size} and {halvings + 1} levels halve the side {input_size} to a fraction",
+                fix="give fewer --unet.block_out_channels, another --unet.patch_size or image size",
             )
         try:
-            self.unet = _build(unet, input_size, in_channels, num_classes)
+            self.unet = _build(unet, input_size // self.patch_size, in_channels * self.patch_size**2, num_classes)
         except (ValueError, ZeroDivisionError) as error:
             raise ConfigurationError(
                 f"diffusers builds no such {unet.kind}: {error}", fix="see the --unet options"
@@ -72,8 +76,9 @@ class DiffusersUNet(nn.Module):
         if drop_label is not None:
             y = torch.where(drop_label, self.num_classes, y)
         shown = {} if self.class_tokens is None else {"encoder_hidden_states": self.class_tokens(y)[:, None]}
-        out: Tensor = self.unet(x, t, class_labels=y, return_dict=False, **shown)[0]
-        return out
+        folded = F.pixel_unshuffle(x, self.patch_size)
+        out: Tensor = self.unet(folded, t, class_labels=y, return_dict=False, **shown)[0]
+        return F.pixel_shuffle(out, self.patch_size)
 
 
 def _build(unet: UNet, input_size: int, in_channels: int, num_classes: int) -> Any:
