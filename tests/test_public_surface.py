@@ -99,7 +99,7 @@ OPTIONS = {
     "evaluate": (
         evaluate.evaluate_parser,
         """
-        source config count classifiers features inception_weights seed output private_score private_delta
+        source config held_out count classifiers features inception_weights seed output private_score private_delta
         data.path data.image_size data.channels data.resize data.crop data.class_names data.num_classes
         data.skip_broken data.image_column data.label_column
         """,

@@ -85,6 +85,26 @@ def test_auto_grows_only_while_memory_allows(monkeypatch):
     assert MicrobatchSize("auto", CPU, seeded=True).current == 32
 
 
+@pytest.mark.parametrize("kept", [False, True])
+def test_auto_counts_what_an_allocator_keeps(monkeypatch, kept):
+    """Where memory stays with the process, only a size's first micro-batch adds to what it holds."""
+    held = {"now": 0.0, "peak": 0.0}
+
+    def memory(device):
+        held["peak"] = held["now"]
+        return held["now"], 10_000.0 - held["now"]
+
+    monkeypatch.setattr("dither.microbatches._memory", memory)
+    monkeypatch.setattr("dither.microbatches._peak", lambda device: held["peak"])
+    monkeypatch.setattr("dither.microbatches.time.perf_counter", lambda: 0.0)  # any size is as fast
+    size = MicrobatchSize("auto", CPU)
+    for part in size.split(np.arange(4000)):
+        held["peak"] = max(held["peak"], 30.0 * len(part))
+        held["now"] = held["peak"] if kept else 0.0
+    # 128 take 3840, and twice that is more than half of 10,000; where it stays, 256 would add 3840, of 6160 free.
+    assert size.current == 128 and not size._growing
+
+
 @pytest.mark.parametrize(
     "per_call, per_example, found", [(1.0, 0.001, 512), (0.0, 1.0, 64), (100.0, 1.0, 512), (3.0, 1.0, 64)]
 )
@@ -110,6 +130,11 @@ def test_remainders_have_few_sizes():
         seen |= set(parts)
     assert seen == {64, *range(8, 64, 8), *range(1, 8)}
     assert [len(part) for part in MicrobatchSize(5, CPU).split(np.arange(9))] == [5, 4]
+
+
+@pytest.mark.parametrize("size", [5, 17, 50, 100])
+def test_a_number_is_kept(size):
+    assert [len(part) for part in MicrobatchSize(size, CPU).split(np.arange(3 * size))] == [size] * 3
 
 
 def test_auto_goes_back_where_held_gradients_no_longer_fit_the_budget():

@@ -14,7 +14,8 @@ import sys
 import torch
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h of glibc
-_LARGEST = 1 << 30  # bytes; larger blocks still come and go one by one
+LARGEST = 1 << 30
+"""Bytes; larger blocks still come and go one by one."""
 _AT_A_TIME = 64 << 20  # bytes asked from the kernel together
 _kept = False
 _USERS_CHOICE = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
@@ -37,7 +38,8 @@ def keep_memory() -> bool:
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "gnu_get_libc_version"):
         return False
-    wanted = ((_M_TRIM_THRESHOLD, -1), (_M_TOP_PAD, _AT_A_TIME), (_M_MMAP_THRESHOLD, _LARGEST))
+    # The threshold first: where the C library refuses it, nothing is changed.
+    wanted = ((_M_MMAP_THRESHOLD, LARGEST), (_M_TRIM_THRESHOLD, -1), (_M_TOP_PAD, _AT_A_TIME))
     _kept = all(libc.mallopt(name, value) == 1 for name, value in wanted)
     return _kept
 
@@ -49,6 +51,6 @@ def give_back() -> None:
         trim(0)
 
 
-def reuses(device: torch.device) -> bool:
-    """Whether memory that was freed on the device serves the next tensor without a new page: CUDA's always does."""
-    return _kept if device.type == "cpu" else device.type == "cuda"
+def reuses(device: torch.device, size: int) -> bool:
+    """Whether a tensor of `size` bytes on the device takes what was freed before: on CUDA it does."""
+    return device.type == "cuda" or (device.type == "cpu" and _kept and size < LARGEST)

@@ -56,6 +56,10 @@ class DataError(DitherError):
     """A data set cannot be read, or is not what it should be."""
 
 
+class NoHeldOutPartError(DataError):
+    """A data set has no part that is not for training."""
+
+
 class BrokenImagesError(DataError):
     """Some images of a data set cannot be read; each has a name."""
 

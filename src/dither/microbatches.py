@@ -61,6 +61,7 @@ class MicrobatchSize:
         self._cheapest = float("inf")
         self._cost: float | None = None
         self._largest = _LARGEST.get(device.type, _LARGEST_ELSEWHERE)
+        self._added = 0.0
         self._timings: list[float] = []
         self._at_half = float("inf")
         self.current = size if isinstance(size, int) else (_SEEDED if seeded else _FIRST)
@@ -80,8 +81,9 @@ class MicrobatchSize:
 
     def _fitting(self, left: int) -> int:
         """The size of the next micro-batch, with so many examples left."""
-        step = max(1, self.current // _LADDER)
-        return min(self.current, left - left % step) or left
+        if left >= self.current:
+            return self.current
+        return left - left % max(1, self.current // _LADDER) or left
 
     def planned(self, seconds: float) -> None:
         """Take note of the time that the plan predicts for the micro-batch that `split` gave last.
@@ -97,16 +99,20 @@ class MicrobatchSize:
                 self._go_back()
                 return
             self._cheapest, self._cost = min(self._cost, self._cheapest), None
+        used, free = before
+        added = max(_peak(self._device) - used, 0.0)
+        # Only a size's first micro-batch adds what stays, in buffers or an allocator that keeps memory; those of the
+        # first size also add what any size does, once.
+        self._added = added if self.current == _FIRST else max(self._added, added)
         if self.current >= _TIMED_FROM and self._device.type != "cuda" and not self._pays():
             return
-        used, free = before
-        peak = _peak(self._device)
-        if 2.0 * max(peak - used, 0.0) <= _SHARE * free:
+        if 2.0 * self._added <= _SHARE * free:
             self._growing = self.current < self._largest
-            self.current = min(2 * self.current, self._largest)
-            self._at_half, self._timings = min(self._timings[1:], default=float("inf")), []
+            timed = self._timings[1:] if self.current >= _TIMED_FROM else []
+            self._at_half, self._timings = min(timed, default=float("inf")), []
+            self.current, self._added = min(2 * self.current, self._largest), 0.0
         else:
-            self._refusals += 1  # the first micro-batches also pay for buffers that stay
+            self._refusals += 1
             self._growing = self._refusals < _REFUSALS
 
     def _pays(self) -> bool:

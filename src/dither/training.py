@@ -72,7 +72,7 @@ class PrivateTraining:
         delta: in (0, 1); below 1 / dataset size.
         epsilon: budget of the whole run; 8 if neither it nor noise_multiplier is given.
         noise_multiplier: noise standard deviation in units of the sensitivity, instead of epsilon.
-        microbatch_size: examples computed at once, or "auto" by memory; performance only.
+        microbatch_size: examples computed at once, or "auto" by memory and time; performance only.
         clipping: "flat".
         collate_fn: list of examples to batch; torch's default_collate if None.
         seed: makes batches, noise and torch's randomness a function of (seed, step): for tests; not private.

@@ -57,6 +57,25 @@ def test_real_images_as_samples_score_high_and_are_found_in_the_training_data(sa
     assert found["private_score"]["epsilon_spent_on_held_out_images"]["value"] <= 2.0
 
 
+def test_held_out_images_of_their_own(samples, tmp_path, capsys):
+    """Of another kind and size than the training images; an .npz has no such part itself."""
+    real, folder = tmp_path / "real.npz", tmp_path / "unseen"
+    (images, labels), (unseen, unseen_labels) = (part.tensors for part in digits())
+    np.savez(real, images=images.numpy(), labels=labels.numpy())
+    for number, (image, label) in enumerate(zip(unseen, unseen_labels, strict=True)):
+        file = folder / str(int(label)) / f"{number}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        picture = ((image[0] + 1) * 127.5).round().byte().repeat_interleave(2, 0).repeat_interleave(2, 1)
+        Image.fromarray(picture.numpy()).convert("RGB").save(file)
+    words = [str(samples), f"--data.path={real}", "--data.num_classes=10", "--classifiers", "logistic regression"]
+    assert main(["evaluate", *words, f"--output={tmp_path / 'none'}"]) == 2
+    assert "--held_out" in capsys.readouterr().err
+    assert main(["evaluate", *words, f"--held_out={folder}", f"--output={tmp_path / 'out'}"]) == 0
+    found = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert found["images"]["held_out"]["value"] == len(unseen)
+    assert found["accuracy_on_held_out_images"]["logistic regression"]["all"]["value"] > 0.9
+
+
 def test_a_second_private_score_counts_the_first(finished_run, tmp_path):
     run = shutil.copytree(finished_run, tmp_path / "run")
     spent = []
@@ -99,3 +118,15 @@ def test_what_cannot_be_evaluated(samples, tmp_path, failure):
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "something").write_text("mine")
     assert "not empty" in failure("evaluate", samples, "--output", tmp_path / "c")
+
+
+def test_held_out_images_are_labelled_as_the_training_images(samples, tmp_path, failure):
+    """A class in another order is refused, a part that is not for training is preferred, the data set itself is not."""
+    images, labels = (part.numpy() for part in digits()[1].tensors)
+    names, turned = tmp_path / "names.npz", tmp_path / "turned.npz"
+    np.savez(names, images=images, labels=labels, class_names=np.array(list("abcdefghij")))
+    np.savez(turned, images=images, labels=labels, class_names=np.array(list("jihgfedcba")))
+    words = [str(samples), f"--output={tmp_path / 'out'}", f"--data.path={names}"]
+    assert "same order" in failure("evaluate", *words, f"--held_out={turned}")
+    assert "training images" in failure("evaluate", *words, f"--held_out={names}")
+    assert "held-out part" in failure("evaluate", *words)

@@ -129,6 +129,7 @@ def peak(workload: Workload, name: str) -> Cell:
     if chosen is None:
         return cell
     for number in range(1, MEASURED_STEP + 1):
+        give_back()
         forget_peak()
         _try(cell, chosen.step)
         if cell.error is not None:

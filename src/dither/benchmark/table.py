@@ -24,8 +24,8 @@ rounds are measured with the rest."""
 
 _MEMORY = """\
 Peak of resident memory in the third step, here of two micro-batches, each contender in a process of its own, less what
-was resident when only code, model and data were there; over the plain step's. In all processes, timed or weighed,
-the C allocator keeps freed memory (`dither.keep_memory`), as in dither's own commands."""
+was resident when only code, model and data were there; over the plain step's. In torch's processes, timed
+or weighed, the C allocator keeps freed memory within a step (`dither.keep_memory`), as in dither's own commands."""
 
 _PROCESS = """\
 The same peaks with all that the process holds, libraries and model included: what a machine has to have."""

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from dither.cli.data import pictures, read_data
 from dither.cli.figures import figures
+from dither.cli.held_out import read_held_out
 from dither.cli.options import Data
 from dither.cli.outputs import check_new_folder
 from dither.cli.parsing import Formatter, parse
@@ -30,6 +31,7 @@ examples:
   dither evaluate runs/digits-20250101-120000                    draw images, compare with the run's own data
   dither evaluate runs/strict --count 500 --classifiers CNN
   dither evaluate generated.npz --data.path fashion-mnist --output evaluation-of-npz
+  dither evaluate runs/strict --held_out test.npz                where the data set has no held-out part of its own
   dither evaluate runs/strict --inception_weights pt_inception-2015-12-05-6726825d.pth   FID, as others publish it
   dither evaluate runs/strict --private_score 0.5                also one accuracy that may be published
 
@@ -51,6 +53,13 @@ def evaluate_parser() -> ArgumentParser:
     parser.add_argument("source", type=Path, help="a run folder, or samples: an .npz, or a folder of images by class")
     parser.add_argument("--config", action=ActionConfigFile, help="a YAML file of these options; words after it win")
     parser.add_class_arguments(Data, "data")
+    parser.add_argument(
+        "--held_out",
+        type=str | None,
+        default=None,
+        help="real images the model never saw: the held-out part of a data set as --data.path takes it, or all of one "
+        "without such a part; prepared as the training images are. By default the data set's own held-out part",
+    )
     parser.add_argument("--count", type=int, default=150, help="images of each class that are drawn from a run")
     parser.add_argument(
         "--classifiers",
@@ -156,7 +165,8 @@ def _real(options: Namespace, folder: RunFolder | None, console: Console) -> tup
     data = Data(**options.data.as_dict())
     if folder is not None and data == Data():
         data = read_run_options(folder.config).data
-    return read_data(data, console), read_data(data, console, "held-out")
+    training = read_data(data, console)
+    return training, read_held_out(options.held_out, data, training, console)
 
 
 def _generated(

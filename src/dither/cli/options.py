@@ -166,7 +166,8 @@ class Performance:
 
     Args:
         strategy: how norms and clipped sums are formed; auto chooses the cheapest for each use.
-        microbatch_size: examples in one forward and backward pass; auto fits memory.
+        microbatch_size: examples in one forward and backward pass; auto fits memory and, on a CPU, is the
+            fastest found.
         memory_budget: bytes that per-example gradients and activations may take; by default what is free.
         threads: of torch; by default one per core.
     """

@@ -127,7 +127,7 @@ def per_example_gradients(
     found = {}
     for name, parameter in recording.parameters.items():
         formed = gradients.formed(name)
-        # Held gradients live in memory that the next step uses again: the caller gets its own.
+        # Held gradients may be views, or live in memory that the next step uses again: the caller gets its own.
         found[name] = parameter.new_zeros(recording.batch, *parameter.shape) if formed is None else formed.clone()
     return found
 

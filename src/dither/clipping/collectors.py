@@ -56,9 +56,9 @@ class Buffers:
 
         The same memory for the same key if it is large enough; fresh where the allocator has what activations left.
         """
-        if reuses(parameter.device):
-            return parameter.new_empty(batch, *parameter.shape, requires_grad=False)
         needed = batch * parameter.numel()
+        if reuses(parameter.device, needed * parameter.element_size()):
+            return parameter.new_empty(batch, *parameter.shape, requires_grad=False)
         kept = self._kept.get(key)
         fits = kept is not None and kept.numel() >= needed and kept.dtype == parameter.dtype
         if kept is None or not fits or kept.device != parameter.device or _in_use(kept):

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dither.errors import DataError
+from dither.errors import DataError, NoHeldOutPartError
 
 TRAIN = ("train", "training")
 HELD_OUT = ("test", "val", "valid", "validation", "held-out")
@@ -36,7 +36,7 @@ def split_folder(root: Path, split: str) -> Path:
     """The part of a folder that holds a split: root itself for "train", unless it has subfolders train and test.
 
     Raises:
-        DataError: the held-out part was asked for, and there is none.
+        NoHeldOutPartError: the held-out part was asked for, and there is none.
     """
     parts = {name: root / name for name in (*TRAIN, *HELD_OUT) if any(_folders(root / name))}
     train = next((parts[name] for name in TRAIN if name in parts), None)
@@ -44,8 +44,9 @@ def split_folder(root: Path, split: str) -> Path:
     if split == "train":
         return train or root
     if train is None or held_out is None:
-        raise DataError(
-            f"{root} has no held-out part", fix=f"put it in {root / 'test'} beside {root / 'train'}, or give its folder"
+        raise NoHeldOutPartError(
+            f"{root} has no held-out part",
+            fix=f"put it in {root / 'test'} beside {root / 'train'}, or give its folder (dither evaluate --held_out)",
         )
     return held_out
 

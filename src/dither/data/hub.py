@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from dither.data.decoding import UnreadableImageError, decode
-from dither.errors import DataError, MissingPackageError
+from dither.errors import DataError, MissingPackageError, NoHeldOutPartError
 
 _HELD_OUT = ("test", "validation", "valid", "val")
 
@@ -65,7 +65,9 @@ def open_hub(name: str, split: str, image_column: str | None, label_column: str 
         raise DataError(f"the dataset {name} cannot be opened: {reason}", fix="check the name or the folder") from error
     data = _part(loaded, split, name) if isinstance(loaded, dict) else loaded
     if split != "train" and data is loaded:
-        raise DataError(f"the dataset {name} has no parts", fix="give the held-out part as a dataset of its own")
+        raise NoHeldOutPartError(
+            f"the dataset {name} has no parts", fix="give the one that holds it (dither evaluate --held_out)"
+        )
     image = _column(data, image_column, datasets.Image, "image", name)
     label = _column(data, label_column, datasets.ClassLabel, "label", name)
     raw = data.cast_column(image, datasets.Image(decode=False))
@@ -86,7 +88,8 @@ def _part(parts: dict[str, Any], split: str, name: str) -> Any:
     wanted = ("train",) if split == "train" else _HELD_OUT
     found = next((parts[part] for part in wanted if part in parts), None)
     if found is None:
-        raise DataError(
+        kind = DataError if split == "train" else NoHeldOutPartError
+        raise kind(
             f"the dataset {name} has the parts {', '.join(parts)}, and none called {' or '.join(wanted)}",
             fix="save the part you want with save_to_disk, and give that folder",
         )

@@ -60,6 +60,11 @@ def find_idx(folder: Path, split: str) -> tuple[Path, Path] | None:
     return images, labels
 
 
+def is_idx_folder(folder: Path) -> bool:
+    """Whether a folder holds IDX files, of any split."""
+    return any(_file(folder, part, kind) for part in _PARTS.values() for kind in _KINDS)
+
+
 def idx_class_names(folder: Path) -> tuple[str, ...]:
     """The public label set of an IDX folder whose user named none."""
     if folder.resolve().name == "fashion-mnist":

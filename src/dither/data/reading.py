@@ -9,7 +9,7 @@ from typing import get_args
 from dither.data import sources
 from dither.data.checking import Progress
 from dither.data.hub import is_saved_dataset
-from dither.data.idx import find_idx
+from dither.data.idx import find_idx, is_idx_folder
 from dither.data.image_data import ImageData
 from dither.data.preparation import Preparation, Resize
 from dither.data.sources import Choices, Split
@@ -82,6 +82,14 @@ def read_images(
     if str(path).startswith(HUB):
         return sources.hub_dataset(str(path).removeprefix(HUB), choices)
     return _on_disk(Path(path), choices)
+
+
+def classes_are_folders(path: str | Path) -> bool:
+    """Whether the labels of a data set are its subfolders' names; those of all other kinds are numbers."""
+    folder = Path(path)
+    if str(path).startswith(HUB) or not folder.is_dir():
+        return False
+    return not is_saved_dataset(folder) and not is_idx_folder(folder)
 
 
 def _on_disk(path: Path, choices: Choices) -> ImageData:

@@ -22,7 +22,7 @@ from dither.data.labels import checked_labels, label_set
 from dither.data.latents import check_latents, open_latents
 from dither.data.npz import read_npz
 from dither.data.preparation import Preparation
-from dither.errors import ConfigurationError, DataError
+from dither.errors import ConfigurationError, NoHeldOutPartError
 
 Split = Literal["train", "held-out"]
 
@@ -119,7 +119,9 @@ def _check_files(read: Callable[[int], Tensor], names: Sequence[str], where: obj
 
 def _only_train(path: Path, choices: Choices) -> None:
     if choices.split == "held-out":
-        raise DataError(f"{path} has no held-out part", fix="give the file that holds it as a data set of its own")
+        raise NoHeldOutPartError(
+            f"{path} has no held-out part", fix="give the file that holds it (dither evaluate --held_out)"
+        )
 
 
 def _data(

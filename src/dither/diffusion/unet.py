@@ -56,7 +56,7 @@ class DiffusersUNet(nn.Module):
         self.patch_size, halvings = unet.patch_size, len(unet.block_out_channels) - 1
         if halvings < 0 or self.patch_size < 1 or input_size % (self.patch_size * 2**halvings):
             raise ConfigurationError(
-                f"patches of side {self.patch_size} and {halvings + 1} levels halve the side {input_size} to a fraction",
+                f"patches of side {self.patch_size} and {halvings + 1} levels do not divide the side {input_size}",
                 fix="give fewer --unet.block_out_channels, another --unet.patch_size or image size",
             )
         try:
