@@ -43,3 +43,9 @@ def test_what_the_user_gave_decides():
     assert not any(name.startswith("warm_up") for name in _of(*clothes, epsilon=None))  # no budget to have a share of
     smaller = _of(*clothes, batch=600, given={"privacy.expected_batch_size"})
     assert smaller["privacy.steps"] == 2000 and "privacy.expected_batch_size" not in smaller
+
+
+def test_of_another_model_only_what_the_number_of_images_decides():
+    assert _of(60_000, 10, 28, 1, False, of_recipe=False) == {"privacy.delta": 1e-5}
+    assert _of(900, 2, 32, 3, False, of_recipe=False) == {"privacy.delta": 1e-3, "privacy.expected_batch_size": 450}
+    assert _of(900, 2, 32, 3, False, of_recipe=False, given={"privacy.delta", "privacy.expected_batch_size"}) == {}

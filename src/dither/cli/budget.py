@@ -20,7 +20,8 @@ examples, each leaving one of --epsilon, --noise_multiplier, --steps to be compu
   steps    dither budget --dataset_size 60000 --batch_size 1024 --noise_multiplier 1.1 --epsilon 8 --delta 1e-5
 
 The mechanism is the one `dither train` runs: Poisson batches, Gaussian noise, neighbours that differ by adding
-or removing one example. Nothing here reads data.
+or removing one example. A warm-up that `dither train` pays from the same epsilon is not counted. Nothing here reads
+data.
 """
 
 OPEN = ("epsilon", "noise_multiplier", "steps")

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 def choose_for_data(options: Options, images: Images, examples: int, console: Console) -> Options:
     """The options with settings for a data set of this size and shape, where the user gave none.
 
-    The embedded digits have the recipe's own; so have models that are not built by the recipe.
+    The embedded digits have the recipe's own. For models that the recipe does not build, and public ones, only what the
+    number of images decides is chosen: delta, and a batch that is not larger.
 
     Args:
         options: as they were given.
@@ -27,7 +28,7 @@ def choose_for_data(options: Options, images: Images, examples: int, console: Co
     """
     from dither.diffusion.defaults import choose
 
-    if options.data.path is None or options.model != "dit" or options.finetune_from is not None:
+    if options.data.path is None:
         return options
     privacy, given = options.privacy, options.given
     chosen = choose(
@@ -39,6 +40,7 @@ def choose_for_data(options: Options, images: Images, examples: int, console: Co
         epsilon=privacy.epsilon,
         batch=privacy.expected_batch_size if "privacy.expected_batch_size" in given else None,
         given=given,
+        of_recipe=options.model == "dit" and options.finetune_from is None,
     )
     if not chosen:
         return options

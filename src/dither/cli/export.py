@@ -21,8 +21,10 @@ if TYPE_CHECKING:
 
 EXAMPLES = """
 examples:
-  dither export runs/strict --to diffusers exported      a folder for DiTPipeline.from_pretrained
-  dither export runs/latents --to diffusers exported --vae sd-vae-ft-mse
+  dither export runs/strict --to diffusers exported --approximate
+                                                         a folder for DiTPipeline.from_pretrained; exact, without
+                                                         that word, after --recipe.timestep_frequencies diffusers
+  dither export runs/latents --to diffusers exported --vae sd-vae-ft-mse --approximate
   dither export runs/strict --to dit exported            exported/dit.pt, as facebookresearch/DiT writes it
 
 Exporting is post-processing of weights that are private already: it spends nothing. The certificate goes along.

@@ -91,7 +91,10 @@ def _run(command: str, words: list[str], debug: bool) -> int:
     except ModuleNotFoundError as error:
         if debug or (error.name or "").startswith("dither"):
             raise
-        return _complain(f"the package {error.name} is not installed", "pip install 'dither[cli]'")
+        missing = error.name
+        return _complain(
+            f"the package {missing} is not installed", f"pip install {missing}, or pip install 'dither[cli]'"
+        )
     except KeyboardInterrupt:
         if debug:
             raise

@@ -30,12 +30,14 @@ examples:
   dither train --config runs/strict/config.yaml         the same options again; add --output to name the new run
   dither train --resume runs/strict                     go on where Ctrl-C or a crash ended it
   dither train --model diffusers_unet                   a U-Net of diffusers; or mymodels.Net, a class of yours
-  dither train --finetune.from dit.pt --finetune.mode lora   from a public DiT; or attention, biases, full
+  dither train --data.path photos.safetensors --finetune.from dit.pt --finetune.mode lora --recipe.prediction epsilon
+                                                        from a public DiT; or attention, biases, full
   dither train --pretrain.path public-photos            first, without noise, on images that are public
   dither train --performance.strategy ghost             another way to the same sums; the claim stays
 
---epsilon, --delta, --steps, --noise_multiplier, --max_grad_norm, --threads and --strategy are short for the
-options of the same name above. A run is a folder: weights, EMA, samples.png, certificate.json, TensorBoard log, state.
+--epsilon, --delta, --steps, --noise_multiplier, --max_grad_norm, --expected_batch_size, --microbatch_size, --threads
+and --strategy are short for the options of the same name above. A run is a folder: weights, EMA, samples.png,
+certificate.json, TensorBoard log, state.
 """
 
 SHORT = {
@@ -54,12 +56,13 @@ class Privacy:
 
     Args:
         epsilon: the budget; the noise that meets it is computed. Give this or noise_multiplier.
-        delta: probability with which the epsilon bound may fail; well below 1 / number of examples.
+        delta: probability with which the epsilon bound may fail; below 1 / number of examples, by a factor of ten
+            where you can.
         noise_multiplier: standard deviation of the noise in units of max_grad_norm, instead of epsilon.
         max_grad_norm: each example's gradient is scaled down to this norm.
         expected_batch_size: each example joins a batch with probability expected_batch_size / number of examples.
         steps: noisy steps; each spends some of the budget.
-        clipping: how a gradient is scaled to its bound.
+        clipping: how a gradient is scaled to its bound; flat is the only way.
     """
 
     epsilon: float | None = 10.0
@@ -165,10 +168,11 @@ class Performance:
     """How fast and with how much memory the same sums are formed. Nothing here changes the claim.
 
     Args:
-        strategy: how norms and clipped sums are formed; auto chooses the cheapest for each use.
+        strategy: how norms and clipped sums are formed; auto chooses the cheapest for each use. The page on flash
+            clipping explains the others.
         microbatch_size: examples in one forward and backward pass; auto fits memory and, on a CPU, is the
             fastest found.
-        memory_budget: bytes that per-example gradients and activations may take; by default what is free.
+        memory_budget: bytes that held per-example gradients may take; by default half of what is free.
         threads: of torch; by default one per core.
     """
 

@@ -13,10 +13,14 @@ from dither.errors import ConfigurationError
 
 
 class Formatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Keeps the line breaks of the examples, and calls a value by the last part of its option's name."""
+    """Keeps the line breaks of the examples, calls a value by the last part of its option's name, lists no classes."""
 
     def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
         return action.dest.rsplit(".", 1)[-1].upper()
+
+    def _expand_help(self, action: argparse.Action) -> str:
+        """Without the names of every class that happens to be loaded, hundreds where any module is taken."""
+        return re.sub(r", known subclasses: [^()]*(?=\))", "", super()._expand_help(action))
 
 
 def parse(parser: ArgumentParser, words: Sequence[str], **settings: Any) -> Namespace:

@@ -156,7 +156,7 @@ def _write(
         said.append(f"{written} PNGs in {options.folder}")
     if options.npz is not None:
         with options.npz.open("wb") as file:  # a file object keeps numpy from appending .npz to the name
-            save_arrays(drawn, labels, file, images.class_names or None)
+            save_arrays(pictures(drawn, images), labels, file, images.class_names or None)
         said.append(f"arrays in {options.npz}")
     for line in said:
         console.print(line, highlight=False, soft_wrap=True)

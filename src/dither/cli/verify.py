@@ -22,7 +22,7 @@ EXAMPLES = """
 examples:
   dither verify model.py:make                    the function `make` in a file; takes nothing, returns what is below
   dither verify package.module:make --json       in a module that can be imported; for scripts
-  dither verify runs/strict --examples 4         the model and loss of `dither train`, on digits
+  dither verify runs/strict --examples 4         the model and loss of a run, on its own training images (not private)
   dither verify model.py:make --mode eval --strategy ghost
 
   def make():

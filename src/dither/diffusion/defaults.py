@@ -10,6 +10,8 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any
 
+from dither.diffusion.recipe import Recipe
+
 _LARGEST_BATCH = 4096
 _PASSES, _FEWEST_STEPS = 20, 150
 _ONE_TOKEN = 1024  # entries of an image, up to which one token holds it
@@ -45,6 +47,7 @@ def choose(
     epsilon: float | None = 10.0,
     batch: float | None = None,
     given: AbstractSet[str] = frozenset(),
+    of_recipe: bool = True,
 ) -> list[Choice]:
     """Settings for a data set other than the demo's digits.
 
@@ -60,13 +63,23 @@ def choose(
         epsilon: of the run; None where its noise is given, and a warm-up could have no share of it.
         batch: the user's expected batch size; None chooses one.
         given: "group.name" of what the user gave, which is not chosen.
+        of_recipe: whether the model is the recipe's own; for another only delta is chosen, and the batch where the
+            recipe's is more than half of the images.
     """
+    delta = Choice(
+        "privacy", "delta", 10.0 ** -(math.floor(math.log10(examples)) + 1), f"below 1 / {examples:,} images"
+    )
+    half, share = max(1, examples // 2), "a step's noise is shared by its batch"
+    if not of_recipe:
+        fitting = Choice("privacy", "expected_batch_size", half, share)
+        chosen = [delta, *([fitting] if Recipe.expected_batch_size > half else [])]
+        return [one for one in chosen if f"{one.group}.{one.name}" not in given]
     entries = channels * side**2
-    batch = min(_LARGEST_BATCH, max(1, examples // 2)) if batch is None else batch
+    batch = min(_LARGEST_BATCH, half) if batch is None else batch
     steps = max(_FEWEST_STEPS, round(_PASSES * examples / batch))
     chosen = [
-        Choice("privacy", "delta", 10.0 ** -(math.floor(math.log10(examples)) + 1), f"below 1 / {examples:,}"),
-        Choice("privacy", "expected_batch_size", batch, "a step's noise is shared by its batch"),
+        delta,
+        Choice("privacy", "expected_batch_size", batch, share),
         Choice("privacy", "steps", steps, f"about {steps * batch / examples:.0f} passes over the images"),
         Choice("recipe", "multiplicity", 4, "noise draws of an image within its one clipped gradient"),
         Choice("recipe", "learning_rate", 3e-3, "right for large batches"),

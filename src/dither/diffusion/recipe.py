@@ -31,6 +31,36 @@ class Recipe:
 
     They were chosen on a fifth of the *training* digits at epsilon 10 and delta 1e-4. That search is not
     in a run's ledger: on sensitive data, choose settings on public data or pay for the search.
+
+    Args:
+        model: DiT-digits, DiT-tiny, or DiT-S, B, L or XL with /2, /4 or /8.
+        hidden_size: width of a token; by default the model's own, as of the next three.
+        depth: number of blocks.
+        num_heads: attention heads; divides the width.
+        patch_size: side of a patch; divides the image's.
+        timestep_frequencies: dit, or diffusers for an exact export to its DiT.
+        multiplicity: noise draws of an image within its one clipped gradient; free in privacy.
+        expected_batch_size: see --privacy.
+        steps: see --privacy.
+        optimizer: adam, or adam_bc, which takes the noise off Adam's second moments.
+        learning_rate: of the first step.
+        lr_schedule: constant, or to 0 as linear or cosine.
+        max_grad_norm: see --privacy.
+        ema_decay: of the running average that samples come from.
+        prediction: what the model says: epsilon, v, sample, edm or flow.
+        sigma_data: of edm: lower is cleaner and more alike, higher more varied and noisier.
+        label_std: deviation of the label table's first values.
+        weighting: of noise levels in the loss.
+        timestep_distribution: how noise levels are drawn.
+        timestep_mean: of log_normal: mean of ln(noise / signal).
+        timestep_std: of log_normal: its deviation.
+        timestep_pieces: of biased: (first, end, weight) each.
+        timesteps: number of noise levels.
+        beta_schedule: linear, scaled_linear or squaredcos_cap_v2.
+        label_dropout: chance to hide an image's label, for guidance.
+        sampler: ddim, ddpm, dpm-solver++ or edm; euler for flow.
+        sampler_steps: of denoising.
+        guidance: above 1 draws more typical images of a class; 1 is off.
     """
 
     # A small model: the noise's norm grows with the root of its parameters. One token a digit: attention has nothing

@@ -6,6 +6,8 @@ import runpy
 import sys
 from pathlib import Path
 
+from dither.allocator import keep_memory
+
 _USAGE = """usage: python -m dither.opacus script.py [arguments of the script]
        python -m dither.opacus -m package.module [arguments]
 
@@ -38,6 +40,7 @@ def main(arguments: list[str]) -> int | str | None:
         from dither.opacus import install
     except ImportError as error:
         return f"python -m dither.opacus: {error}.\n  Fix: pip install 'dither[opacus]'"
+    keep_memory()
     target, sys.argv = arguments[0], list(arguments)
     with install():
         if as_module:

@@ -115,13 +115,6 @@ def _of_verification(verification: Mapping[str, Any]) -> Iterator[Remark]:
             "Unverified model",
             f"The comparison of this model's per-example gradients with plain autograd was {status}.",
         )
-    elif verification.get("parameters_without_gradient"):
-        yield Remark(
-            "note",
-            "Not everything was tested",
-            f"{verification['parameters_without_gradient']} of {verification['parameters']} parameters had no gradient "
-            "in the examples that were compared.",
-        )
 
 
 def _of_values(contents: Contents) -> Iterator[Remark]:
@@ -131,8 +124,8 @@ def _of_values(contents: Contents) -> Iterator[Remark]:
         yield Remark(
             "caution",
             "Values that are not private left the process",
-            f"{names}: computed from the data without noise, and kept in tensorboard/ and, of the verification, in "
-            "certificate.json. The guarantee does not cover them; do not publish them.",
+            f"{names}: computed from the data without noise, and kept in tensorboard/. The guarantee does not cover "
+            "them; do not publish them. Of the verification, the certificate says yes or no.",
         )
     for service in contents.services:
         yield Remark("caution", f"Values were sent to {service}", "Those called non-private/... are not covered.")
