@@ -29,8 +29,8 @@ _DEARER = 1.02  # by how much an example's predicted time may rise with the size
 class MicrobatchSize:
     """How many examples to compute at once: performance only, the mechanism does not know it.
 
-    A number is kept. "auto" starts at 4 examples and doubles while the memory that the last micro-batch added to the
-    process's peak, taken twice, fits in half of what is free. It stops growing at the third micro-batch for which this
+    A number is kept. "auto" starts at 4 examples and doubles while the most that a micro-batch of this size added to the
+    process's peak of memory, taken twice, fits in half of what is free. It stops growing at the third micro-batch for which this
     does not hold. Where the plan predicts more time for an example than at half the size, because what no longer fits
     the memory budget is computed twice, it goes back to that half. On a CPU it grows beyond 64 only while an example
     takes less time than at half the size, as measured. At most 256 on CUDA, 512 elsewhere. Nothing is computed only to
