@@ -75,7 +75,9 @@ def test_encode_train_and_decode(vae, tmp_path, capsys, failure):
     assert main(["train", *SHORT, f"--data.path={file}", f"--output={run}"]) == 0
     images = json.loads((run / "run.json").read_text())["images"]
     assert images["latents"] == {"vae": str(vae), "scaling_factor": 0.5, "shift_factor": 0.25}
-    assert main(["sample", str(run), "--count=1", "--steps=2", f"--output={tmp_path / 'a.png'}"]) == 0
+    arrays = ["--count=1", "--steps=2", f"--npz={tmp_path / 'drawn.npz'}"]
+    assert main(["sample", str(run), *arrays, f"--output={tmp_path / 'a.png'}"]) == 0
+    assert np.load(tmp_path / "drawn.npz")["images"].shape[1:] == (3, 16, 16)
     # Without the autoencoder the latents themselves are shown.
     moved = json.loads((run / "run.json").read_text())
     moved["images"]["latents"]["vae"] = str(tmp_path / "gone")
