@@ -29,13 +29,13 @@ _DEARER = 1.02  # by how much an example's predicted time may rise with the size
 class MicrobatchSize:
     """How many examples to compute at once: performance only, the mechanism does not know it.
 
-    A number is kept. "auto" starts at 4 examples and doubles while the most that a micro-batch of this size added to the
-    process's peak of memory, taken twice, fits in half of what is free. It stops growing at the third micro-batch for which this
-    does not hold. Where the plan predicts more time for an example than at half the size, because what no longer fits
-    the memory budget is computed twice, it goes back to that half. On a CPU it grows beyond 64 only while an example
-    takes less time than at half the size, as measured. At most 256 on CUDA, 512 elsewhere. Nothing is computed only to
-    measure it; while it grows, the system's record of the peak (VmHWM on Linux, torch's on CUDA) is reset. Under a
-    seed "auto" is 32, so that a resumed run rounds alike.
+    A number is kept. "auto" starts at 4 examples and doubles while the most that a micro-batch of this size added to
+    the process's peak of memory, taken twice, fits in half of what is free. It stops growing at the third micro-batch
+    for which this does not hold. Where the plan predicts more time for an example than at half the size, because what
+    no longer fits the memory budget is computed twice, it goes back to that half. On a CPU it grows beyond 64 only
+    while an example takes less time than at half the size, as measured. At most 256 on CUDA, 512 elsewhere. Nothing is
+    computed only to measure it; while it grows, the system's record of the peak (VmHWM on Linux, torch's on CUDA) is
+    reset. Under a seed "auto" is 32, so that a resumed run rounds alike.
 
     A remainder is cut in two: a multiple of an eighth of the size, and the rest. Poisson batches have another size
     each step, and every new size of a micro-batch costs a proof of the examples' places; so there are few of them.
