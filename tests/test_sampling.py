@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 
 def test_each_example_enters_independently_at_the_rate():
-    sampler, draws = PoissonSampler(50, 10), 4000
+    sampler, draws = PoissonSampler(50, 10), 13_000
     masks = torch.zeros(draws, 50)
     for i in range(draws):
         masks[i, sampler.draw(i)] = 1
