@@ -66,20 +66,45 @@ def choose(
         of_recipe: whether the model is the recipe's own; for another only delta is chosen, and the batch where the
             recipe's is more than half of the images.
     """
-    delta = Choice(
-        "privacy", "delta", 10.0 ** -(math.floor(math.log10(examples)) + 1), f"below 1 / {examples:,} images"
-    )
-    half, share = max(1, examples // 2), "a step's noise is shared by its batch"
-    if not of_recipe:
-        fitting = Choice("privacy", "expected_batch_size", half, share)
-        chosen = [delta, *([fitting] if Recipe.expected_batch_size > half else [])]
-        return [one for one in chosen if f"{one.group}.{one.name}" not in given]
+    if of_recipe:
+        chosen = _for_the_recipe(examples, num_classes, side, channels, latents, epsilon, batch, given)
+    else:
+        chosen = [_delta(examples)]
+        if Recipe.expected_batch_size > _half(examples):
+            chosen.append(_batch(_half(examples)))
+    return [one for one in chosen if f"{one.group}.{one.name}" not in given]
+
+
+def _delta(examples: int) -> Choice:
+    below = 10.0 ** -(math.floor(math.log10(examples)) + 1)
+    return Choice("privacy", "delta", below, f"below 1 / {examples:,} images")
+
+
+def _batch(size: float) -> Choice:
+    return Choice("privacy", "expected_batch_size", size, "a step's noise is shared by its batch")
+
+
+def _half(examples: int) -> int:
+    return max(1, examples // 2)
+
+
+def _for_the_recipe(
+    examples: int,
+    num_classes: int,
+    side: int,
+    channels: int,
+    latents: bool,
+    epsilon: float | None,
+    batch: float | None,
+    given: AbstractSet[str],
+) -> list[Choice]:
+    """Every setting that goes with the recipe's own model, given or not; a group that the user began is left out."""
     entries = channels * side**2
-    batch = min(_LARGEST_BATCH, half) if batch is None else batch
+    batch = min(_LARGEST_BATCH, _half(examples)) if batch is None else batch
     steps = max(_FEWEST_STEPS, round(_PASSES * examples / batch))
     chosen = [
-        delta,
-        Choice("privacy", "expected_batch_size", batch, share),
+        _delta(examples),
+        _batch(batch),
         Choice("privacy", "steps", steps, f"about {steps * batch / examples:.0f} passes over the images"),
         Choice("recipe", "multiplicity", 4, "noise draws of an image within its one clipped gradient"),
         Choice("recipe", "learning_rate", 3e-3, "right for large batches"),
@@ -103,4 +128,4 @@ def choose(
             Choice("warm_up", "steps", 800, "on images drawn from these, which cost nothing more"),
             Choice("warm_up", "learning_rate", 2e-3, "of its first step"),
         ]
-    return [one for one in chosen if f"{one.group}.{one.name}" not in given]
+    return chosen
