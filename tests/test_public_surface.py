@@ -67,7 +67,7 @@ OPTIONS = {
         data.skip_broken data.image_column data.label_column
         privacy.epsilon privacy.delta privacy.noise_multiplier privacy.max_grad_norm privacy.expected_batch_size
         privacy.steps privacy.clipping
-        warm_up.kind warm_up.share warm_up.rank
+        warm_up.kind warm_up.share warm_up.rank warm_up.components
         warm_up.draws warm_up.noise_multiplier warm_up.clip_norm warm_up.sample_rate warm_up.centre warm_up.steps
         warm_up.learning_rate
         telemetry.wandb telemetry.mlflow telemetry.project telemetry.non_private telemetry.samples

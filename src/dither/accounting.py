@@ -18,8 +18,9 @@ from typing import Any
 from dither.errors import BudgetError, ConfigurationError, LedgerError
 
 NEIGHBOURING_RELATION = "add or remove one example"
-GRADIENTS, CLASS_MEANS, CLASS_GAUSSIANS = "gradients", "class means", "class Gaussians"
-RELEASES = (GRADIENTS, CLASS_MEANS, CLASS_GAUSSIANS)
+GRADIENTS, CLASS_MEANS = "gradients", "class means"
+CLASS_GAUSSIANS, CLASS_MIXTURES = "class Gaussians", "class mixtures"
+RELEASES = (GRADIENTS, CLASS_MEANS, CLASS_GAUSSIANS, CLASS_MIXTURES)
 """What an event may have released."""
 _FINE, _COARSE = 2e-5, 1e-4  # discretisation, relative to the widest privacy loss of one step and to epsilon
 _KNOTS = 50

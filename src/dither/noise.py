@@ -40,7 +40,7 @@ _CUDA_CHUNK = 1 << 24
 _DRAWS_IN_FLOAT64 = 4
 _ENTROPY_BITS = 256
 # Purposes, so that no two streams of a seeded run coincide.
-_NOISE, _TORCH, _BATCH, _CLASS_MEANS, _CLASS_GAUSSIANS = 1, 2, 3, 4, 5
+_NOISE, _TORCH, _BATCH, _CLASS_MEANS, _CLASS_GAUSSIANS, _CLASS_MIXTURES = 1, 2, 3, 4, 5, 6
 
 
 def check_seed(seed: int | None) -> None:

@@ -218,7 +218,9 @@ def test_resume_of_a_damaged_run(file, content, failure, finished_run, tmp_path)
     failure("train", "--resume", copy)
 
 
-@pytest.mark.parametrize(("kind", "name"), [("means", "class means"), ("gaussians", "class Gaussians")])
+@pytest.mark.parametrize(
+    ("kind", "name"), [("means", "class means"), ("gaussians", "class Gaussians"), ("mixtures", "class mixtures")]
+)
 def test_a_warm_up_is_released_once_and_paid_for(tmp_path, capsys, kind, name):
     run = tmp_path / "run"
     words = [*TINY, "--steps=2", "--epsilon=3", f"--warm_up.kind={kind}", "--warm_up.steps=5", f"--output={run}"]

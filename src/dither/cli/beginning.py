@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.console import Console
 
+from dither.class_mixtures import ClassMixtures
 from dither.cli.interrupts import StopRequest
 from dither.cli.public import PUBLIC, add_facts
 from dither.cli.public_data import public_facts, public_training, read_public
 from dither.cli.warm_up import release, warm_up_training
+from dither.diffusion.over_mixture import OverMixture
 from dither.errors import RunFolderError
 
 if TYPE_CHECKING:
@@ -88,6 +90,10 @@ def begin(
     if options.warm_up.kind == "none":
         return ()
     released = release(options, folder, data, console)
+    if isinstance(released, ClassMixtures):
+        assert isinstance(model, OverMixture)
+        model.fill(released)
+        return released.events
     if not _train(warm_up_training(options, folder, model, released), WARM_UP, state, options, folder, console):
         return None
     return released.events

@@ -15,7 +15,8 @@ from dither.cli.run_folder import Images, RunFolder
 from dither.diffusion.checkpoints import architecture, load_dit
 from dither.diffusion.dit import DiT
 from dither.diffusion.finetuning import adapt, choose_parameters, merge
-from dither.diffusion.recipe import build_model
+from dither.diffusion.over_mixture import OverMixture
+from dither.diffusion.recipe import build_model, build_process
 from dither.errors import ConfigurationError, DitherError
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ def start_model(options: Options, folder: RunFolder) -> nn.Module:
     source, mode = options.finetune_from, options.finetune.mode
     model = _build(options, folder.images) if source is None else _from_checkpoint(source, options, folder)
     choose_parameters(model, options.finetune)
+    model = _over_mixture(model, options)
     if source is not None or mode != "full" or options.pretrain.path is not None:
         add_facts(folder, PUBLIC, {"fine_tuning": trained_parameters_facts(model, mode)})
     return model
@@ -52,7 +54,7 @@ def run_model(folder: RunFolder, options: Options | None = None) -> nn.Module:
     settings = read_facts(folder, ARCHITECTURE)
     model = DiT(**settings) if settings else _build(options, folder.images)
     choose_parameters(model, options.finetune)
-    return model
+    return _over_mixture(model, options)
 
 
 def run_dit(folder: RunFolder, weights: str) -> DiT:
@@ -63,6 +65,10 @@ def run_dit(folder: RunFolder, weights: str) -> DiT:
         ConfigurationError: the run's model is no DiT.
     """
     model = run_model(folder)
+    if isinstance(model, OverMixture):
+        raise ConfigurationError(
+            f"the model of {folder.path} corrects a mixture, which no DiT holds", fix="--warm_up.kind gaussians"
+        )
     if not isinstance(model, DiT):
         raise ConfigurationError(
             f"the model of {folder.path} is a {type(model).__name__}, not a DiT", fix="--model dit"
@@ -97,6 +103,14 @@ def _build(options: Options, images: Images) -> nn.Module:
     from dither.diffusion.labelled import LabelledModel
 
     return LabelledModel(_users_model(options.model), *sizes, hides_labels=options.recipe.label_dropout > 0)
+
+
+def _over_mixture(model: nn.Module, options: Options) -> nn.Module:
+    """The model over a mixture that is still empty, where the options ask for one."""
+    chosen = options.warm_up
+    if chosen.kind != "mixtures":
+        return model
+    return OverMixture(model, build_process(options.recipe), chosen.components, chosen.rank)
 
 
 def _users_model(choice: Namespace) -> nn.Module:

@@ -138,25 +138,28 @@ class WarmUp:
     """What of each class is released once with noise, paid from the same budget, for the model to be trained on first.
 
     Args:
-        kind: gaussians (means and covariances, of images of at most 4,096 entries), means, or none.
+        kind: mixtures (of Gaussians in each class, whose own denoiser the model then corrects, from zero), gaussians
+            (means and covariances, of images of at most 4,096 entries), means, or none.
         share: of epsilon, that the release alone may cost. It costs the steps after it far less: noises add by squares.
         noise_multiplier: of the release, in place of a share.
         clip_norm: each image's distance from the centre is scaled down to this norm; a public guess; by default 0.6
             times the root of an image's entries.
         centre: value of an empty pixel; -1 for light on dark.
-        rank: of gaussians: directions that covariances are released along.
+        rank: of mixtures and gaussians: directions that covariances are released along.
+        components: of mixtures: Gaussians of a class.
         draws: of means: means of each class, of a sample each.
         sample_rate: of means: probability of an example to be in a draw.
-        steps: of ordinary training on what was released.
+        steps: of ordinary training on what was released; mixtures need none.
         learning_rate: of its first step.
     """
 
-    kind: Literal["gaussians", "means", "none"] = "none"
+    kind: Literal["mixtures", "gaussians", "means", "none"] = "none"
     share: float = 0.5
     noise_multiplier: float | None = None
     clip_norm: float | None = None
     centre: float = -1.0
     rank: int = 30
+    components: int = 1
     draws: int = 1
     sample_rate: float = 1.0
     steps: int = 300

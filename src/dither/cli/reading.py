@@ -116,7 +116,7 @@ def _options(parser: ArgumentParser, parsed: Namespace, given: Namespace) -> Opt
     made = parser.instantiate(parsed)
     privacy = made.privacy
     recipe = _planned(made.recipe, privacy)
-    _check(recipe, made)
+    _check(recipe, made, from_zero=source is None and made.pretrain.path is None)
     if made.telemetry.samples < 0:
         raise ConfigurationError(f"--telemetry.samples {made.telemetry.samples} is below 0", fix="0 draws none")
     return Options(
@@ -140,8 +140,13 @@ def _options(parser: ArgumentParser, parsed: Namespace, given: Namespace) -> Opt
     )
 
 
-def _check(recipe: Recipe, made: Namespace) -> None:
+def _check(recipe: Recipe, made: Namespace, from_zero: bool) -> None:
     """Refuse now what would otherwise fail when the model is built, or only after the training."""
+    if made.warm_up.kind == "mixtures" and not from_zero:
+        raise ConfigurationError(
+            "--warm_up.kind mixtures is corrected by a network that begins at zero, and a public one does not",
+            fix="leave out --finetune.from and --pretrain.path, or the warm-up",
+        )
     samplers = FLOW_SAMPLERS if recipe.prediction == "flow" else SAMPLERS
     if recipe.sampler not in samplers:
         raise ConfigurationError(
@@ -162,6 +167,8 @@ def _check(recipe: Recipe, made: Namespace) -> None:
         "--performance.memory_budget": made.performance.memory_budget,
         "--save_every": made.save_every,
         "--warm_up.clip_norm": made.warm_up.clip_norm,
+        "--warm_up.components": made.warm_up.components,
+        "--warm_up.rank": made.warm_up.rank,
     }
     for group in ("pretrain", "warm_up"):
         optional |= {f"--{group}.{name}": getattr(made[group], name) for name in ("steps", "learning_rate")}

@@ -7,7 +7,7 @@ state/              what `dither train --resume` needs
 tensorboard/        curves               telemetry.json    ids at other services, if any
 samples.png         labelled grid        samples/          grids drawn on the way
 certificate.json    the privacy claim    report.html       all of it on one page
-class_statistics.safetensors, .png   noisy means or Gaussians of the classes, where the run began with them
+class_statistics.safetensors, .png   noisy means, Gaussians or mixtures of the classes, where the run began with them
 model.json          sizes of a model from a checkpoint
 public.json         what was taken as public: that checkpoint, data for pretraining; and what the private steps train
 beginning.pt        where public training and warm-up stand, until they are done

@@ -17,8 +17,11 @@ if TYPE_CHECKING:
     from dither.accounting import Event
     from dither.class_gaussians import ClassGaussians
     from dither.class_means import ClassMeans
+    from dither.class_mixtures import ClassMixtures
     from dither.data import ImageData
     from dither.diffusion.ordinary_training import LabelledImages, OrdinaryTraining
+
+    Released = ClassMeans | ClassGaussians | ClassMixtures
 
 _PIXELS = (-1.0, 1.0)
 _SHOWN = 10  # drawn images of each class in the picture of a release
@@ -31,7 +34,7 @@ def planned_release(options: Options) -> tuple[Event, ...]:
         BudgetError: no noise meets its share of epsilon.
         ConfigurationError: a sample rate, share or noise multiplier that cannot be, or none of the last two to go by.
     """
-    from dither.accounting import CLASS_GAUSSIANS, CLASS_MEANS, Event, Ledger, noise_multiplier_for
+    from dither.accounting import CLASS_GAUSSIANS, CLASS_MEANS, CLASS_MIXTURES, Event, Ledger, noise_multiplier_for
 
     chosen, privacy = options.warm_up, options.privacy
     if chosen.kind == "none":
@@ -39,6 +42,8 @@ def planned_release(options: Options) -> tuple[Event, ...]:
     rate, count, name = chosen.sample_rate, chosen.draws, CLASS_MEANS
     if chosen.kind == "gaussians":
         rate, count, name = 1.0, 3, CLASS_GAUSSIANS
+    if chosen.kind == "mixtures":
+        rate, count, name = 1.0, 1, CLASS_MIXTURES
     noise = chosen.noise_multiplier
     if noise is None:
         if privacy.epsilon is None:
@@ -52,11 +57,11 @@ def planned_release(options: Options) -> tuple[Event, ...]:
     return Ledger([Event(rate, noise, count, name)]).events
 
 
-def release(options: Options, folder: RunFolder, data: ImageData, console: Console) -> ClassMeans | ClassGaussians:
+def release(options: Options, folder: RunFolder, data: ImageData, console: Console) -> Released:
     """Release the statistics into the run folder, or read them where that was done before.
 
-    Guarantee: that of `dither.class_means.release_class_means` or `dither.class_gaussians.release_class_gaussians`; a
-    folder holds one release, and a resume takes it.
+    Guarantee: that of `release_class_means`, `release_class_gaussians` or `release_class_mixtures`, each in the module
+    of its name; a folder holds one release, and a resume takes it.
 
     Args:
         options: of the run, with a warm-up.
@@ -66,14 +71,15 @@ def release(options: Options, folder: RunFolder, data: ImageData, console: Conso
     """
     from dither.class_gaussians import ClassGaussians, release_class_gaussians
     from dither.class_means import ClassMeans, release_class_means
+    from dither.class_mixtures import ClassMixtures, release_class_mixtures
     from dither.diffusion.grid import save_grid
     from dither.releases import usual_clip_norm
 
     chosen, images, file = options.warm_up, folder.images, folder.class_statistics
     entries = images.in_channels * images.input_size**2
-    kind = ClassGaussians if chosen.kind == "gaussians" else ClassMeans
+    kinds: dict[str, type[Released]] = {"means": ClassMeans, "gaussians": ClassGaussians, "mixtures": ClassMixtures}
     if file.exists():
-        return kind.load(file)
+        return kinds[chosen.kind].load(file)
     (event,) = planned_release(options)
     common: dict[str, Any] = {
         "num_classes": images.num_classes,
@@ -82,11 +88,14 @@ def release(options: Options, folder: RunFolder, data: ImageData, console: Conso
         "clip_norm": usual_clip_norm(entries) if chosen.clip_norm is None else chosen.clip_norm,
         "seed": options.seed,
     }
-    found: ClassMeans | ClassGaussians
-    if chosen.kind == "gaussians":
-        found = release_class_gaussians(data, rank=min(chosen.rank, entries), **common)
+    found: Released
+    if chosen.kind != "means":
+        if chosen.kind == "mixtures":
+            found = release_class_mixtures(data, rank=chosen.rank, components=chosen.components, **common)
+        else:
+            found = release_class_gaussians(data, rank=min(chosen.rank, entries), **common)
         labels = torch.arange(images.num_classes).repeat(_SHOWN)
-        shown, said = found.draw(labels, _PIXELS), "Gaussian"
+        shown, said = found.draw(labels, _PIXELS), chosen.kind[:-1]
     else:
         limits = None if images.latents is not None else _PIXELS
         found = release_class_means(
