@@ -7,10 +7,11 @@ import math
 import pytest
 
 from dither.diffusion.defaults import choose
+from dither.diffusion.unet import DiffusersUNet, UNet
 
 
 def _of(*arguments, **options):
-    return {f"{one.group}.{one.name}": one.value for one in choose(*arguments, **options)}
+    return {one.option: one.value for one in choose(*arguments, **options)}
 
 
 @pytest.mark.parametrize("examples", [40, 999, 1000, 1437, 60_000, 1_281_167])
@@ -22,27 +23,53 @@ def test_delta_is_below_one_over_n_and_batches_fit(examples):
     assert math.log10(chosen["privacy.delta"]) == pytest.approx(round(math.log10(chosen["privacy.delta"])))
 
 
-def test_by_shape():
-    small, large, latents = _of(60_000, 10, 28, 1, False), _of(60_000, 10, 64, 3, False), _of(60_000, 10, 16, 4, True)
+def test_a_u_net_over_mixtures_where_classes_have_images_enough():
+    small, large = _of(60_000, 10, 28, 1, False), _of(60_000, 10, 64, 3, False)
+    assert small["model"] == "diffusers_unet" and small["warm_up.kind"] == "mixtures"
+    assert small["warm_up.components"] == 20 and small["warm_up.centre"] == -1 and large["warm_up.centre"] == 0
+    assert small["unet.patch_size"] == 2 and large["unet.patch_size"] == 4
+    assert _of(2000, 10, 28, 1, False)["warm_up.components"] == 1
+    few, latents, odd = _of(900, 10, 28, 1, False), _of(60_000, 10, 16, 4, True), _of(60_000, 10, 27, 1, False)
+    for chosen in (few, latents, odd):
+        assert "model" not in chosen and chosen.get("warm_up.kind") != "mixtures"
+    assert all(one.reason for one in choose(60_000, 10, 28, 1, False))
+
+
+@pytest.mark.parametrize("side", range(4, 130))
+def test_every_u_net_that_is_chosen_can_be_built(side):
+    chosen = _of(60_000, 10, side, 3, False)
+    if "unet.patch_size" in chosen:
+        sizes = {name.removeprefix("unet."): value for name, value in chosen.items() if name.startswith("unet.")}
+        assert DiffusersUNet(UNet(**sizes), side, 3, 10).input_size == side
+
+
+def test_a_dit_that_was_asked_for():
+    dit = {"model"}
+    small, large = _of(60_000, 10, 28, 1, False, given=dit), _of(60_000, 10, 64, 3, False, given=dit)
     assert small["recipe.patch_size"] == 28 and small["recipe.prediction"] == "sample"
     assert small["warm_up.kind"] == "gaussians" and small["warm_up.centre"] == -1
-    for chosen in (large, latents):
+    for chosen in (large, _of(60_000, 10, 16, 4, True, given=dit)):
         assert "recipe.patch_size" not in chosen and "warm_up.kind" not in chosen
-    assert _of(60_000, 10, 32, 3, False)["warm_up.centre"] == 0
-    assert "warm_up.kind" not in _of(900, 10, 28, 1, False)  # too few of each class
-    assert all(one.reason for one in choose(60_000, 10, 28, 1, False))
+    assert _of(60_000, 10, 32, 3, False, given=dit)["warm_up.centre"] == 0
+    assert "warm_up.kind" not in _of(900, 10, 28, 1, False, given=dit)  # too few of each class
 
 
 def test_what_the_user_gave_decides():
     clothes = (60_000, 10, 28, 1, False)
-    for name in ("model", "patch_size", "hidden_size", "prediction"):  # another model: none of it is changed
+    for name in ("patch_size", "hidden_size", "prediction"):  # another model: none of it is changed
         chosen = _of(*clothes, given={f"recipe.{name}"})
-        assert not {"recipe.patch_size", "recipe.hidden_size", "recipe.prediction"} & chosen.keys()
-        assert "warm_up.kind" in chosen
+        assert not {"model", "recipe.patch_size", "recipe.hidden_size", "recipe.prediction"} & chosen.keys()
+        assert chosen["warm_up.kind"] == "gaussians"
+    for name in ("warm_up.kind", "unet.kind", "pretrain.path", "finetune.mode"):
+        chosen = _of(*clothes, given={name})
+        assert "model" not in chosen and chosen.get("warm_up.kind") != "mixtures"
+    for name in ("recipe.learning_rate", "warm_up.share", "recipe.sampler"):  # kept, and the rest fits still
+        chosen = _of(*clothes, given={name})
+        assert name not in chosen and chosen["warm_up.kind"] == "mixtures"
     assert not any(name.startswith("warm_up") for name in _of(*clothes, given={"warm_up.kind"}))
     assert not any(name.startswith("warm_up") for name in _of(*clothes, epsilon=None))  # no budget to have a share of
     smaller = _of(*clothes, batch=600, given={"privacy.expected_batch_size"})
-    assert smaller["privacy.steps"] == 2000 and "privacy.expected_batch_size" not in smaller
+    assert smaller["privacy.steps"] == 1000 and "privacy.expected_batch_size" not in smaller
 
 
 def test_of_another_model_only_what_the_number_of_images_decides():

@@ -51,6 +51,13 @@ def choose_for_data(options: Options, images: Images, examples: int, console: Co
     changes: dict[str, dict[str, Any]] = {}
     for one in chosen:
         changes.setdefault(one.group, {})[one.name] = one.value
-        table.add_row(f"--{one.group}.{one.name} {one.value}", one.reason)
+        table.add_row(f"--{one.option} {_shown(one.value)}", one.reason)
     console.print(table)
     return with_settings(options, changes)
+
+
+def _shown(value: object) -> str:
+    """A value as a word of the command line."""
+    if isinstance(value, tuple):
+        return f"[{','.join(map(str, value))}]"
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -56,10 +56,14 @@ def with_settings(options: Options, changes: Mapping[str, Mapping[str, Any]]) ->
 
     Args:
         options: as they were read.
-        changes: by group ("recipe", "privacy", "warm_up"), values by name.
+        changes: by group ("recipe", "privacy", "unet", "warm_up"), values by name; of no group (""), the model.
     """
     content = yaml.safe_load(options.text)
     for group, values in changes.items():
+        if not group:
+            content |= values
+            options = replace(options, **values)
+            continue
         content[group] |= values
         options = replace(options, **{group: replace(getattr(options, group), **values)})
     text = yaml.safe_dump(content, sort_keys=False)

@@ -1,6 +1,7 @@
 """Settings chosen from what is public of a data set: how many images, of what shape.
 
-Nothing here looks at an image. The numbers were found on Fashion-MNIST's training images (28 x 28) at epsilon 10.
+Nothing here looks at an image. The numbers were found on Fashion-MNIST's training images (28 x 28) at epsilon 10: for a
+small U-Net over a mixture of each class (the default), and for a DiT, whose checkpoints other programs read.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ from typing import Any
 
 from dither.diffusion.recipe import Recipe
 
-_LARGEST_BATCH = 4096
-_PASSES, _FEWEST_STEPS = 20, 150
+_LARGEST_BATCH, _PASSES, _FEWEST_STEPS = 4096, 20, 150  # of a DiT
+_U_NET_BATCH, _U_NET_PASSES = 1024, 10
 _ONE_TOKEN = 1024  # entries of an image, up to which one token holds it
 _GAUSSIANS = 4096  # entries, up to which second moments are released
-_FEWEST_OF_A_CLASS = 100
-_MODEL = {f"recipe.{name}" for name in ("model", "patch_size", "hidden_size", "depth", "num_heads", "prediction")}
+_FEWEST_OF_A_CLASS, _OF_A_COMPONENT, _MOST_COMPONENTS = 100, 300, 20
+_CELLS = 16  # about the side of what a U-Net sees of an image
+_DIT = {f"recipe.{name}" for name in ("model", "patch_size", "hidden_size", "depth", "num_heads", "prediction")}
+_BEGUN = ("unet.", "pretrain.", "finetune.")  # groups, any of which asks for a model of its own
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,7 @@ class Choice:
     """One setting.
 
     Attributes:
-        group: of the command's options: "privacy", "recipe" or "warm_up".
+        group: of the command's options: "privacy", "recipe", "unet" or "warm_up"; empty for the model's name.
         name: within the group.
         value: of the option.
         reason: in words, for whoever wants another.
@@ -35,6 +38,34 @@ class Choice:
     name: str
     value: Any
     reason: str
+
+    @property
+    def option(self) -> str:
+        """Its full name."""
+        return f"{self.group}.{self.name}" if self.group else self.name
+
+
+@dataclass(frozen=True)
+class _Data:
+    """What is public of a data set."""
+
+    examples: int
+    num_classes: int
+    side: int
+    channels: int
+    latents: bool
+
+    @property
+    def entries(self) -> int:
+        return self.channels * self.side**2
+
+    @property
+    def half(self) -> int:
+        return max(1, self.examples // 2)
+
+    @property
+    def of_a_class(self) -> float:
+        return self.examples / self.num_classes
 
 
 def choose(
@@ -52,7 +83,7 @@ def choose(
     """Settings for a data set other than the demo's digits.
 
     The settings of a model go together, and so do those of a warm-up: where the user gave the model's name, one of its
-    settings or the kind of warm-up, the rest of these stay as they are.
+    settings or the kind of warm-up, the rest of these stay as they are, and a model named "dit" is chosen for as one.
 
     Args:
         examples: number of images; taken as public, as the accounting takes it.
@@ -66,13 +97,17 @@ def choose(
         of_recipe: whether the model is the recipe's own; for another only delta is chosen, and the batch where the
             recipe's is more than half of the images.
     """
-    if of_recipe:
-        chosen = _for_the_recipe(examples, num_classes, side, channels, latents, epsilon, batch, given)
-    else:
+    data = _Data(examples, num_classes, side, channels, latents)
+    budgeted = epsilon is not None  # a warm-up has a share of it
+    if not of_recipe:
         chosen = [_delta(examples)]
-        if Recipe.expected_batch_size > _half(examples):
-            chosen.append(_batch(_half(examples)))
-    return [one for one in chosen if f"{one.group}.{one.name}" not in given]
+        if Recipe.expected_batch_size > data.half:
+            chosen.append(_batch(data.half))
+    elif budgeted and _goes_over_mixtures(data, given):
+        chosen = _u_net_over_mixtures(data, batch)
+    else:
+        chosen = _dit(data, budgeted, batch, given)
+    return [one for one in chosen if one.option not in given]
 
 
 def _delta(examples: int) -> Choice:
@@ -84,47 +119,80 @@ def _batch(size: float) -> Choice:
     return Choice("privacy", "expected_batch_size", size, "a step's noise is shared by its batch")
 
 
-def _half(examples: int) -> int:
-    return max(1, examples // 2)
+def _passes(data: _Data, batch: float, passes: int) -> Choice:
+    steps = max(_FEWEST_STEPS, round(passes * data.examples / batch))
+    return Choice("privacy", "steps", steps, f"about {steps * batch / data.examples:.0f} passes over the images")
 
 
-def _for_the_recipe(
-    examples: int,
-    num_classes: int,
-    side: int,
-    channels: int,
-    latents: bool,
-    epsilon: float | None,
-    batch: float | None,
-    given: AbstractSet[str],
-) -> list[Choice]:
-    """Every setting that goes with the recipe's own model, given or not; a group that the user began is left out."""
-    entries = channels * side**2
-    batch = min(_LARGEST_BATCH, _half(examples)) if batch is None else batch
-    steps = max(_FEWEST_STEPS, round(_PASSES * examples / batch))
-    chosen = [
-        _delta(examples),
+def _centre(data: _Data) -> Choice:
+    dark = "the empty pixel of grey images is taken as dark"
+    return (
+        Choice("warm_up", "centre", -1.0, dark)
+        if data.channels == 1
+        else Choice("warm_up", "centre", 0.0, "colours are taken about mid-grey")
+    )
+
+
+def _goes_over_mixtures(data: _Data, given: AbstractSet[str]) -> bool:
+    """Whether a U-Net over mixtures fits the data, and nothing that the user gave asks for another model or warm-up."""
+    others = {"model", "warm_up.kind"} | _DIT
+    fits = data.side % (2 * _patch(data)) == 0 and not data.latents and data.of_a_class >= _FEWEST_OF_A_CLASS
+    return fits and others.isdisjoint(given) and not any(name.startswith(_BEGUN) for name in given)
+
+
+def _patch(data: _Data) -> int:
+    return max(1, round(data.side / _CELLS))
+
+
+def _u_net_over_mixtures(data: _Data, batch: float | None) -> list[Choice]:
+    batch = min(_U_NET_BATCH, data.half) if batch is None else batch
+    components = int(min(_MOST_COMPONENTS, max(1, data.of_a_class // _OF_A_COMPONENT)))
+    return [
+        _delta(data.examples),
         _batch(batch),
-        Choice("privacy", "steps", steps, f"about {steps * batch / examples:.0f} passes over the images"),
+        _passes(data, batch, _U_NET_PASSES),
+        Choice("warm_up", "kind", "mixtures", "cheap at this many images; the model then corrects them"),
+        Choice("warm_up", "components", components, f"of {_OF_A_COMPONENT} images or more"),
+        Choice("warm_up", "rank", 60, "directions that hold most of an image"),
+        Choice("warm_up", "share", 0.6, "of epsilon alone; the steps after it hardly notice"),
+        _centre(data),
+        Choice("", "model", "diffusers_unet", "small, for detail; --model dit for one that other programs read"),
+        Choice("unet", "block_out_channels", (16, 32), "small: the noise spoils few weights"),
+        Choice("unet", "attention", False, "the mixture knows the whole of an image"),
+        Choice("unet", "patch_size", _patch(data), "a step is short"),
+        Choice("recipe", "prediction", "edm", "zeros already denoise"),
+        Choice("recipe", "sigma_data", 0.25, "what the mixture leaves is small"),
+        Choice("recipe", "timestep_distribution", "log_normal", "middling noise, where there is most to learn"),
+        Choice("recipe", "label_dropout", 0.0, "the mixture knows the label"),
+        Choice("recipe", "multiplicity", 1, "more steps do more than more draws"),
+        Choice("recipe", "learning_rate", 8e-3, "right for noisy gradients of this model"),
+        Choice("recipe", "ema_decay", 0.95, "samples come from the last twenty steps' average"),
+    ]  # fmt: skip
+
+
+def _dit(data: _Data, budgeted: bool, batch: float | None, given: AbstractSet[str]) -> list[Choice]:
+    """Every setting that goes with the recipe's DiT, given or not; a group that the user began is left out."""
+    batch = min(_LARGEST_BATCH, data.half) if batch is None else batch
+    chosen = [
+        _delta(data.examples),
+        _batch(batch),
+        _passes(data, batch, _PASSES),
         Choice("recipe", "multiplicity", 4, "noise draws of an image within its one clipped gradient"),
         Choice("recipe", "learning_rate", 3e-3, "right for large batches"),
     ]
-    if entries <= _ONE_TOKEN and not latents and _MODEL.isdisjoint(given):
+    if data.entries <= _ONE_TOKEN and not data.latents and _DIT.isdisjoint(given):
         whole = "one token an image: the noise spoils few weights, and a step is short"
         narrow = "a token narrower than its patch cannot pass noise through, so the image is predicted"
         chosen += [
-            Choice("recipe", "patch_size", side, whole),
+            Choice("recipe", "patch_size", data.side, whole),
             Choice("recipe", "hidden_size", 128, "two blocks of this width"),
             Choice("recipe", "prediction", "sample", narrow),
         ]
-    enough = examples >= _FEWEST_OF_A_CLASS * num_classes
-    if entries <= _GAUSSIANS and not latents and enough and epsilon is not None and "warm_up.kind" not in given:
-        dark = (
-            "the empty pixel of grey images is taken as dark" if channels == 1 else "colours are taken about mid-grey"
-        )
+    small = data.entries <= _GAUSSIANS and not data.latents
+    if small and data.of_a_class >= _FEWEST_OF_A_CLASS and budgeted and "warm_up.kind" not in given:
         chosen += [
             Choice("warm_up", "kind", "gaussians", "a noisy Gaussian of each class is cheap at this many images"),
-            Choice("warm_up", "centre", -1.0 if channels == 1 else 0.0, dark),
+            _centre(data),
             Choice("warm_up", "steps", 800, "on images drawn from these, which cost nothing more"),
             Choice("warm_up", "learning_rate", 2e-3, "of its first step"),
         ]
