@@ -28,6 +28,8 @@ def test_a_u_net_over_mixtures_where_classes_have_images_enough():
     assert small["model"] == "diffusers_unet" and small["warm_up.kind"] == "mixtures"
     assert small["warm_up.components"] == 20 and small["warm_up.centre"] == -1 and large["warm_up.centre"] == 0
     assert small["unet.patch_size"] == 2 and large["unet.patch_size"] == 4
+    strict = _of(60_000, 10, 28, 1, False, epsilon=1.0)
+    assert strict["privacy.expected_batch_size"] == 2 * small["privacy.expected_batch_size"]
     assert _of(2000, 10, 28, 1, False)["warm_up.components"] == 1
     few, latents, odd = _of(900, 10, 28, 1, False), _of(60_000, 10, 16, 4, True), _of(60_000, 10, 27, 1, False)
     for chosen in (few, latents, odd):

@@ -14,7 +14,8 @@ from typing import Any
 from dither.diffusion.recipe import Recipe
 
 _LARGEST_BATCH, _PASSES, _FEWEST_STEPS = 4096, 20, 150  # of a DiT
-_U_NET_BATCH, _U_NET_PASSES = 1024, 10
+_U_NET_BATCH, _U_NET_PASSES = 512, 10  # twice that batch where the noise of a small epsilon wants it
+_SMALL_EPSILON = 3.0
 _ONE_TOKEN = 1024  # entries of an image, up to which one token holds it
 _GAUSSIANS = 4096  # entries, up to which second moments are released
 _FEWEST_OF_A_CLASS, _OF_A_COMPONENT, _MOST_COMPONENTS = 100, 300, 20
@@ -98,15 +99,14 @@ def choose(
             recipe's is more than half of the images.
     """
     data = _Data(examples, num_classes, side, channels, latents)
-    budgeted = epsilon is not None  # a warm-up has a share of it
     if not of_recipe:
         chosen = [_delta(examples)]
         if Recipe.expected_batch_size > data.half:
             chosen.append(_batch(data.half))
-    elif budgeted and _goes_over_mixtures(data, given):
-        chosen = _u_net_over_mixtures(data, batch)
+    elif epsilon is not None and _goes_over_mixtures(data, given):
+        chosen = _u_net_over_mixtures(data, epsilon, batch)
     else:
-        chosen = _dit(data, budgeted, batch, given)
+        chosen = _dit(data, epsilon is not None, batch, given)
     return [one for one in chosen if one.option not in given]
 
 
@@ -144,8 +144,9 @@ def _patch(data: _Data) -> int:
     return max(1, round(data.side / _CELLS))
 
 
-def _u_net_over_mixtures(data: _Data, batch: float | None) -> list[Choice]:
-    batch = min(_U_NET_BATCH, data.half) if batch is None else batch
+def _u_net_over_mixtures(data: _Data, epsilon: float, batch: float | None) -> list[Choice]:
+    usual = _U_NET_BATCH if epsilon > _SMALL_EPSILON else 2 * _U_NET_BATCH
+    batch = min(usual, data.half) if batch is None else batch
     components = int(min(_MOST_COMPONENTS, max(1, data.of_a_class // _OF_A_COMPONENT)))
     return [
         _delta(data.examples),
@@ -166,7 +167,7 @@ def _u_net_over_mixtures(data: _Data, batch: float | None) -> list[Choice]:
         Choice("recipe", "label_dropout", 0.0, "the mixture knows the label"),
         Choice("recipe", "multiplicity", 1, "more steps do more than more draws"),
         Choice("recipe", "learning_rate", 8e-3, "right for noisy gradients of this model"),
-        Choice("recipe", "ema_decay", 0.95, "samples come from the last twenty steps' average"),
+        Choice("recipe", "ema_decay", 0.97, "samples come from the average of about the last thirty steps"),
     ]  # fmt: skip
 
 
