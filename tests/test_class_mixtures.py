@@ -17,7 +17,7 @@ from dither.class_mixtures import (
     _sums,
     low_frequencies,
     release_class_mixtures,
-    sizes,
+    release_sizes,
 )
 from dither.errors import ConfigurationError, LabelError, LedgerError
 
@@ -67,6 +67,50 @@ def test_every_sum_gets_noise_and_together_they_cost_one_mechanism(monkeypatch):
     assert all(deviation == pytest.approx(3.0, rel=0.25) for _, deviation in drawn)
 
 
+@pytest.mark.parametrize("size", [0.1, 1.0, 1e3])
+def test_one_example_moves_no_sum_by_more_than_the_noise_is_for(size, monkeypatch):
+    """Two runs on neighbours, the second with what the first released: only the sums before the noise differ."""
+    first, moved = [], []
+
+    class First(class_mixtures._Noise):
+        def added(self, sums, sensitivity, share):
+            before = sums.clone()
+            first.append((before, super().added(sums, sensitivity, share).clone()))
+            return sums
+
+    class Second(class_mixtures._Noise):
+        def added(self, sums, sensitivity, share):
+            before, released = first[len(moved)]
+            moved.append(float((sums - before).norm()) / sensitivity)
+            return released
+
+    images, labels = torch.randn(300, 1, 28, 28).clamp(-1, 1), torch.arange(300) % 3
+    images[7] *= size
+    without = images.clone()
+    without[7] = math.nan  # left out, while the number of examples stays as it is: it is public
+    for noise, of in ((First, images), (Second, without)):
+        monkeypatch.setattr(class_mixtures, "_Noise", noise)
+        data = TensorDataset(of, labels)
+        release_class_mixtures(data, num_classes=3, noise_multiplier=0.5, components=4, rank=30)
+    assert len(moved) == len(first) == 7 and max(moved) <= 1 + 1e-9
+    if size == 1e3:
+        assert min(moved) > 0.9  # clipped, all of them
+
+
+def test_parts_beyond_the_whole_are_refused():
+    noise = class_mixtures._Noise(1.0, None)
+    noise.added(torch.zeros(3), 1.0, 0.7)
+    with pytest.raises(LedgerError):
+        noise.added(torch.zeros(3), 1.0, 0.4)
+
+
+@pytest.mark.parametrize("rank", [198, 199, 200, 300])
+def test_every_rank_of_a_coloured_image_fits(rank):
+    data = TensorDataset(torch.randn(20, 3, 12, 12), torch.arange(20) % 2)
+    found = release_class_mixtures(data, num_classes=2, noise_multiplier=1.0, rank=rank)
+    assert found.directions.shape[0] == release_sizes(3 * 144, rank)[0]
+
+
 def test_components_far_apart_are_found_when_the_noise_is_small():
     generator = torch.Generator().manual_seed(0)
     corners = torch.tensor([[-1.0, -1.0], [1.0, 1.0], [-1.0, 1.0], [1.0, -1.0]])
@@ -87,13 +131,13 @@ def test_components_far_apart_are_found_when_the_noise_is_small():
     assert found.draw(torch.zeros(50, dtype=torch.int64), (-0.5, 0.5)).abs().max() <= 0.5
 
 
-@pytest.mark.parametrize("shape", [(1, 28, 28), (3, 32, 32), (3, 20, 30), (5,), (2, 3, 3)])
+@pytest.mark.parametrize("shape", [(1, 28, 28), (3, 32, 32), (3, 20, 30), (5,), (400,), (2, 3, 3)])
 def test_low_frequencies_are_orthonormal_and_the_first_is_flat(shape):
     waves = low_frequencies(shape, 200)
     torch.testing.assert_close(waves.T @ waves, torch.eye(waves.shape[1]).double())
-    assert waves.shape[0] == math.prod(shape) and waves.shape[1] <= 200
+    assert waves.shape[0] == math.prod(shape) and waves.shape[1] <= 200 + shape[0]
     if math.prod(shape) > 200:
-        first = waves[:, 0].view(shape)[0]
+        first = waves[:, 0].view(shape)[0] if len(shape) > 1 else waves[:, 0]
         torch.testing.assert_close(first, torch.full_like(first, 1 / math.sqrt(first.numel())))
 
 
@@ -127,7 +171,7 @@ def test_labels_outside_the_public_set_are_refused():
 def test_a_release_is_kept_and_never_written_over(tmp_path):
     found = release_class_mixtures(_data(), num_classes=K, noise_multiplier=2.0, components=3, rank=60)
     assert found.events == (Event(1.0, 2.0, 1, CLASS_MIXTURES),) and found.private
-    assert found.axes.shape == (K, 3, *sizes(9, 60)) and found.directions.shape == (9, 1, 3, 3)
+    assert found.axes.shape == (K, 3, *release_sizes(9, 60)) and found.directions.shape == (9, 1, 3, 3)
     found.save(tmp_path / "mixtures")
     kept = ClassMixtures.load(tmp_path / "mixtures")
     assert all(torch.equal(tensor, found.tensors()[name]) for name, tensor in kept.tensors().items())

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dither.accounting import CLASS_MIXTURES, Event, Ledger
-from dither.errors import ConfigurationError
+from dither.errors import ConfigurationError, LedgerError
 from dither.noise import _CLASS_MIXTURES, GaussianNoise, derived_seed
 from dither.releases import (
     LEAST_SHARE,
@@ -49,7 +49,10 @@ _LEFT_MOST = 4.0  # of that, in squares of the clip norm
 _MIXED = (
     12.0  # points, times the square of the covariances' noise multiplier, below which their class's has more weight
 )
-_LEAST_VARIANCE = 1e-4
+_LEAST_VARIANCE = 1e-3
+_LEAST_SPREAD = 0.02  # of where components begin, in clip norms
+_CHUNK = 8192  # points summed at once
+_EXACTLY = "donot_use_mm_for_euclid_dist"  # a distance does not depend on which points are beside it
 _TENSORS = ("middle", "directions", "weights", "centres", "axes", "variances", "rest")
 
 
@@ -111,7 +114,7 @@ class ClassMixtures:
         return cls(**dict(zip(_TENSORS, tensors, strict=True)), events=events, private=private)
 
 
-def sizes(entries: int, rank: int) -> tuple[int, int]:
+def release_sizes(entries: int, rank: int) -> tuple[int, int]:
     """Directions R and axes A of a release from images of so many entries."""
     directions = min(rank, entries, _FREQUENCIES)
     return directions, min(directions, AXES)
@@ -145,7 +148,7 @@ def release_class_mixtures(
 
     Args:
         dataset: map-style; an example is an image (any shape, the same for all) and a label in 0..num_classes-1. Each
-            image is read once; less than 2 kB of it are held.
+            image is read once; about 2 kB of it are held.
         num_classes: public.
         noise_multiplier: of the whole release.
         components: M. About one for each 300 images of a class, up to 20, has done well.
@@ -167,7 +170,7 @@ def release_class_mixtures(
     _check(num_classes, components, rank, clip)
     events = Ledger([Event(1.0, noise_multiplier, 1, CLASS_MIXTURES)]).events
     noise = _Noise(noise_multiplier, derived_seed(seed, _CLASS_MIXTURES))
-    rank, _ = sizes(entries, rank)
+    rank, _ = release_sizes(entries, rank)
     near = _NEAR * clip
 
     frequencies = low_frequencies(shape, _FREQUENCIES)
@@ -175,21 +178,27 @@ def release_class_mixtures(
     read = clipped_distances(dataset, np.arange(size), middles, _FARTHEST * clip, collate_fn)
     points, labels, left = _along(read, frequencies)
 
-    middle = noise.added(_clipped(points, clip).sum(0), clip, _MIDDLE) / size
-    points = points - middle
-    moments = _clipped(points, near)
-    values, vectors = _eigen(noise.added(moments.T @ moments, near**2, _DIRECTIONS) / size)
-    found, spread = vectors[:, -rank:], values[-rank:].clamp(min=0).sqrt() / _NEAR
+    middle = noise.added(_sum(points, clip), clip, _MIDDLE) / size
+    points -= middle
+    values, vectors = _eigen(noise.added(_moments(points, near), near**2, _DIRECTIONS) / size)
+    found, spread = vectors[:, -rank:], values[-rank:].clamp(min=(_LEAST_SPREAD * near) ** 2).sqrt() / _NEAR
     along = points @ found
-    left = left + points.square().sum(1) - along.square().sum(1)
-    del points, moments
+    left += _squares(points) - _squares(along)
+    del points
 
     sums = noise.added(_sums(along, labels, num_classes, clip), math.hypot(1, _COUNT_WEIGHT) * clip, _CLASSES)
     counts = _counts(sums, clip).clamp(min=LEAST_SHARE * size / num_classes)
     start = sums[:, None, :-1] / counts[:, None, None]
-    centres, counts = _clusters(along, labels, start, components, near, spread, noise)
+    least = 0.2 * size / (num_classes * components)
+    centres, counts = _clusters(along, labels, start, components, least, near, spread, noise)
 
-    axes, variances, within = _axes(along, left, labels, centres, counts, near, noise, entries)
+    matrices, outside = _second_moments(along, left, labels, centres, near, noise)
+    multiplier = noise.multiplier(_COVARIANCES)
+    axes, variances = _principal(matrices, counts, multiplier, near, release_sizes(entries, rank)[1])
+    # What is said of the rest errs towards nothing, by the deviation of its noise.
+    doubt = multiplier * near**2 * math.sqrt(num_classes * components) / _LEFT_WEIGHT
+    per_direction = float(outside.sum() - doubt) / float(counts.sum()) / (entries - rank) if entries > rank else 0.0
+    rest = _rest(matrices, counts, variances, max(per_direction, _LEAST_VARIANCE))
     back = frequencies.T
     return ClassMixtures(
         (centre + middle @ back).float().view(shape),
@@ -198,7 +207,7 @@ def release_class_mixtures(
         centres.float(),
         axes.float(),
         variances.float(),
-        within.float(),
+        rest.float(),
         events,
         private=seed is None,
     )
@@ -208,7 +217,8 @@ class _Noise:
     """Gives each part of a release its share of the precision, and noise of its own."""
 
     def __init__(self, noise_multiplier: float, seed: int | None) -> None:
-        self._multiplier, self._source, self._parts = noise_multiplier, GaussianNoise(seed), 0
+        self._multiplier, self._source = noise_multiplier, GaussianNoise(seed)
+        self._parts, self._shared = 0, 0.0
 
     def multiplier(self, share: float) -> float:
         """The noise multiplier of a part."""
@@ -216,6 +226,9 @@ class _Noise:
 
     def added(self, sums: Tensor, sensitivity: float, share: float) -> Tensor:
         """The sums, in place, with noise for what one example moves them by at most."""
+        self._shared += share
+        if self._shared > 1 + 1e-9:
+            raise LedgerError("the parts of a release cost more than the whole.", fix="their shares must add to 1")
         self._source.add_([sums], self.multiplier(share) * sensitivity, step=self._parts)
         self._parts += 1
         return sums
@@ -224,16 +237,16 @@ class _Noise:
 def low_frequencies(shape: Sequence[int], count: int) -> Tensor:
     """The lowest `count` cosine waves over images of a shape (..., H, W), in each channel alike: (D, L) orthonormal.
 
-    Of shapes without two sides, and of no more entries than that, it is all of them in their own coordinates.
+    Of images of no more entries than that, it is all of them in their own coordinates.
     """
     entries = math.prod(shape)
-    if len(shape) < 2 or entries <= count:
+    if entries <= count:
         return torch.eye(entries, dtype=torch.float64)
-    height, width = shape[-2:]
+    height, width = (1, *shape)[-2:]
     channels = entries // (height * width)
     down, across = _cosines(height), _cosines(width)
     frequency = (torch.arange(height)[:, None] / height).square() + (torch.arange(width) / width).square()
-    order = frequency.flatten().argsort(stable=True)[: max(1, count // channels)]
+    order = frequency.flatten().argsort(stable=True)[: math.ceil(count / channels)]
     waves = torch.einsum("hk,wk->hwk", down[:, order // width], across[:, order % width]).flatten(0, 1)
     repeated: Tensor = torch.block_diag(*[waves] * channels)
     return repeated
@@ -259,6 +272,25 @@ def _clipped(points: Tensor, norm: float) -> Tensor:
     return clipped
 
 
+def _squares(points: Tensor) -> Tensor:
+    squares: Tensor = torch.linalg.vecdot(points, points)
+    return squares
+
+
+def _sum(points: Tensor, norm: float) -> Tensor:
+    """The sum of clipped points (n, L): (L,)."""
+    return torch.stack([_clipped(part, norm).sum(0) for part in points.split(_CHUNK)]).sum(0)
+
+
+def _moments(points: Tensor, norm: float) -> Tensor:
+    """The sum of outer products of clipped points (n, L): (L, L)."""
+    moments = points.new_zeros(points.shape[1], points.shape[1])
+    for part in points.split(_CHUNK):
+        clipped = _clipped(part, norm)
+        moments.addmm_(clipped.T, clipped)
+    return moments
+
+
 def _sums(points: Tensor, groups: Tensor, count: int, norm: float) -> Tensor:
     """Sums of clipped points (n, R) of each group, and last its number of points, weighed: (count, R + 1)."""
     sums = points.new_zeros(count, points.shape[1] + 1)
@@ -274,12 +306,19 @@ def _nearest(points: Tensor, labels: Tensor, centres: Tensor) -> Tensor:
     nearest = torch.zeros_like(labels)
     for label, own in enumerate(centres):
         members = labels == label
-        nearest[members] = torch.cdist(points[members], own).argmin(1)
+        nearest[members] = torch.cdist(points[members], own, compute_mode=_EXACTLY).argmin(1)
     return nearest
 
 
 def _clusters(
-    points: Tensor, labels: Tensor, start: Tensor, components: int, norm: float, spread: Tensor, noise: _Noise
+    points: Tensor,
+    labels: Tensor,
+    start: Tensor,
+    components: int,
+    least: float,
+    norm: float,
+    spread: Tensor,
+    noise: _Noise,
 ) -> tuple[Tensor, Tensor]:
     """Rounds of k-means within each class: centres (K, M, R) and noisy counts (K, M).
 
@@ -290,6 +329,7 @@ def _clusters(
         labels: (n,).
         start: (K, 1, R), the classes' middles.
         components: M.
+        least: points, below which a component has few: public.
         norm: clip norm of a point's distance from its centre.
         spread: (R,), public by now: how far from a middle to begin.
         noise: of the release.
@@ -301,7 +341,6 @@ def _clusters(
         return spread * torch.randn(*shape, rank, dtype=torch.float64, generator=generator)
 
     centres = start + (0.5 * aside(classes, components) if components > 1 else 0.0)
-    least = 0.2 * len(points) / (classes * components)
     counts = torch.empty(0)
     for turn in range(_ROUNDS):
         nearest = _nearest(points, labels, centres)
@@ -318,46 +357,48 @@ def _clusters(
     return centres, counts.clamp(min=least)
 
 
-def _axes(
-    points: Tensor,
-    left: Tensor,
-    labels: Tensor,
-    centres: Tensor,
-    counts: Tensor,
-    norm: float,
-    noise: _Noise,
-    entries: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Release the components' second moments: axes (K, M, R, A), variances (K, M, A), and those of the rest (2,).
+def _second_moments(
+    points: Tensor, left: Tensor, labels: Tensor, centres: Tensor, norm: float, noise: _Noise
+) -> tuple[Tensor, Tensor]:
+    """Noisy second moments of each component (K, M, R, R), and what the directions left of its images' squares (K, M).
 
     Args:
         points: (n, R).
         left: what the directions leave of each image's square, (n,).
         labels: (n,).
         centres: (K, M, R).
-        counts: (K, M), noisy.
         norm: clip norm of a point's distance from its centre.
         noise: of the release.
-        entries: D.
     """
     classes, components, rank = centres.shape
     nearest = _nearest(points, labels, centres)
     moved = points - centres[labels, nearest]
     sums = _covariances(moved, left, labels * components + nearest, classes * components, norm)
-    noise.added(sums, math.hypot(1, _LEFT_WEIGHT * _LEFT_MOST) * norm**2, _COVARIANCES)
-    matrices = sums[:, :-1].view(classes, components, rank, rank)
-    axes, variances = _principal(matrices, counts, noise.multiplier(_COVARIANCES), norm, sizes(entries, rank)[1])
+    sums = noise.added(sums, math.hypot(1, _LEFT_WEIGHT * _LEFT_MOST) * norm**2, _COVARIANCES)
+    return sums[:, :-1].view(classes, components, rank, rank), sums[:, -1].view(classes, components) / _LEFT_WEIGHT
+
+
+def _rest(matrices: Tensor, counts: Tensor, variances: Tensor, outside: float) -> Tensor:
+    """The variance along a direction outside a component's axes, and along one outside of all directions: (2,).
+
+    The first is at least the second: directions are those of most variance.
+
+    Args:
+        matrices: noisy second moments (K, M, R, R), not divided by the counts.
+        counts: (K, M), of the last round of k-means.
+        variances: (K, M, A).
+        outside: the second.
+    """
     size, shares = counts.sum(), counts / counts.sum()
     kept, along = (shares * variances.sum(2)).sum(), (shares * (variances > 0).sum(2)).sum()
-    within = (matrices.diagonal(dim1=2, dim2=3).sum() / size - kept) / (rank - along).clamp(min=1)
-    outside = (sums[:, -1].sum() / _LEFT_WEIGHT / size / max(1, entries - rank)).clamp(min=_LEAST_VARIANCE)
-    return axes, variances, torch.stack([within.maximum(outside), outside])  # the directions are those of most variance
+    within = (matrices.diagonal(dim1=2, dim2=3).sum() / size - kept) / (matrices.shape[-1] - along).clamp(min=1)
+    return torch.stack([within.clamp(min=outside), within.new_tensor(outside)])
 
 
 def _covariances(points: Tensor, left: Tensor, groups: Tensor, count: int, norm: float) -> Tensor:
     """Second moments of clipped points (n, R) of each group, and last what directions left, weighed: (count, R^2 + 1).
 
-    What an example adds is no longer than norm^2 sqrt(1 + (0.02 4)^2).
+    What an example adds is no longer than norm^2 sqrt(1 + (_LEFT_WEIGHT _LEFT_MOST)^2).
     """
     clipped = _clipped(points, norm)
     sums = points.new_zeros(count, points.shape[1] ** 2 + 1)

@@ -18,7 +18,7 @@ from dither.sampling import CollateFunction, load_batch
 
 LEAST_SHARE = 0.1
 """Of the expected count of a class, below which a noisy count does not divide."""
-_CHUNK = 1024  # examples read at once
+_CHUNK, _ENTRIES = 1024, 1 << 22  # examples, and entries of them, read at once
 
 
 def image_shape(dataset: Any, collate_fn: CollateFunction | None) -> torch.Size:
@@ -51,8 +51,9 @@ def clipped_distances(
     Raises:
         LabelError: a label is outside 0..K-1.
     """
-    for start in range(0, len(indices), _CHUNK):
-        batch = load_batch(dataset, indices[start : start + _CHUNK], collate_fn)
+    chunk = max(1, min(_CHUNK, _ENTRIES // math.prod(image_shape(dataset, collate_fn))))
+    for start in range(0, len(indices), chunk):
+        batch = load_batch(dataset, indices[start : start + chunk], collate_fn)
         images, labels = (part.detach().cpu() for part in batch[:2])
         check_labels(labels, len(middles))
         distances = images.double().flatten(1) - middles[labels]

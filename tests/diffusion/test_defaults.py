@@ -46,7 +46,7 @@ def test_every_u_net_that_is_chosen_can_be_built(side):
 
 
 def test_a_dit_that_was_asked_for():
-    dit = {"model"}
+    dit = {"model": "dit"}
     small, large = _of(60_000, 10, 28, 1, False, given=dit), _of(60_000, 10, 64, 3, False, given=dit)
     assert small["recipe.patch_size"] == 28 and small["recipe.prediction"] == "sample"
     assert small["warm_up.kind"] == "gaussians" and small["warm_up.centre"] == -1
@@ -56,25 +56,47 @@ def test_a_dit_that_was_asked_for():
     assert "warm_up.kind" not in _of(900, 10, 28, 1, False, given=dit)  # too few of each class
 
 
+CLOTHES = (60_000, 10, 28, 1, False)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("recipe.patch_size", 7), ("recipe.hidden_size", 64), ("recipe.prediction", "v")]
+)
+def test_a_setting_of_another_model_leaves_the_rest_of_that_model(name, value):
+    chosen = _of(*CLOTHES, given={name: value})
+    assert not {"model", "recipe.patch_size", "recipe.hidden_size", "recipe.prediction"} & chosen.keys()
+    assert chosen["warm_up.kind"] == "gaussians"
+
+
+def test_giving_what_would_be_chosen_changes_nothing_else():
+    everything = _of(*CLOTHES)
+    for name, value in everything.items():
+        batch = {"batch": value} if name == "privacy.expected_batch_size" else {}
+        assert _of(*CLOTHES, given={name: value}, **batch) == {n: v for n, v in everything.items() if n != name}
+
+
 def test_what_the_user_gave_decides():
-    clothes = (60_000, 10, 28, 1, False)
-    for name in ("patch_size", "hidden_size", "prediction"):  # another model: none of it is changed
-        chosen = _of(*clothes, given={f"recipe.{name}"})
-        assert not {"model", "recipe.patch_size", "recipe.hidden_size", "recipe.prediction"} & chosen.keys()
-        assert chosen["warm_up.kind"] == "gaussians"
-    for name in ("warm_up.kind", "unet.kind", "pretrain.path", "finetune.mode"):
-        chosen = _of(*clothes, given={name})
-        assert "model" not in chosen and chosen.get("warm_up.kind") != "mixtures"
-    for name in ("recipe.learning_rate", "warm_up.share", "recipe.sampler"):  # kept, and the rest fits still
-        chosen = _of(*clothes, given={name})
+    for name, value in {
+        "recipe.learning_rate": 1e-3,
+        "warm_up.share": 0.3,
+        "unet.block_out_channels": (32, 64),
+    }.items():
+        chosen = _of(*CLOTHES, given={name: value})
         assert name not in chosen and chosen["warm_up.kind"] == "mixtures"
-    assert not any(name.startswith("warm_up") for name in _of(*clothes, given={"warm_up.kind"}))
-    assert not any(name.startswith("warm_up") for name in _of(*clothes, epsilon=None))  # no budget to have a share of
-    smaller = _of(*clothes, batch=600, given={"privacy.expected_batch_size"})
+    assert "recipe.label_dropout" not in _of(*CLOTHES, given={"recipe.guidance": 2.0})
+    assert "warm_up.share" not in _of(*CLOTHES, given={"warm_up.noise_multiplier": 2.0})
+    for kind in ("gaussians", "none"):
+        assert not any(name.startswith("warm_up") for name in _of(*CLOTHES, given={"warm_up.kind": kind}))
+    assert not any(name.startswith("warm_up") for name in _of(*CLOTHES, epsilon=None))  # no budget to have a share of
+    assert "model" not in _of(*CLOTHES, given={"pretrain.path": "public"}, public=True)
+    smaller = _of(*CLOTHES, batch=600, given={"privacy.expected_batch_size": 600})
     assert smaller["privacy.steps"] == 1000 and "privacy.expected_batch_size" not in smaller
 
 
 def test_of_another_model_only_what_the_number_of_images_decides():
-    assert _of(60_000, 10, 28, 1, False, of_recipe=False) == {"privacy.delta": 1e-5}
-    assert _of(900, 2, 32, 3, False, of_recipe=False) == {"privacy.delta": 1e-3, "privacy.expected_batch_size": 450}
-    assert _of(900, 2, 32, 3, False, of_recipe=False, given={"privacy.delta", "privacy.expected_batch_size"}) == {}
+    own = {"model": "my.Model"}
+    assert _of(*CLOTHES, given=own) == {"privacy.delta": 1e-5}
+    assert _of(*CLOTHES, given={"finetune.from": "dit.pt"}, public=True) == {"privacy.delta": 1e-5}
+    assert _of(900, 2, 32, 3, False, given=own) == {"privacy.delta": 1e-3, "privacy.expected_batch_size": 450}
+    both = own | {"privacy.delta": 1e-4, "privacy.expected_batch_size": 90}
+    assert _of(900, 2, 32, 3, False, given=both) == {}

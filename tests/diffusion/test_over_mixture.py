@@ -8,7 +8,7 @@ from denoisers import perturbed
 from torch import nn
 
 import dither
-from dither.class_mixtures import ClassMixtures, release_class_mixtures, sizes
+from dither.class_mixtures import ClassMixtures, release_class_mixtures, release_sizes
 from dither.diffusion.dit import dit
 from dither.diffusion.loss import DiffusionLoss
 from dither.diffusion.over_mixture import OverMixture
@@ -40,7 +40,7 @@ def _mixtures(rank: int) -> ClassMixtures:
     def normal(*shape):
         return torch.randn(*shape, generator=generator)
 
-    directions, axes = sizes(D, rank)
+    directions, axes = release_sizes(D, rank)
     return ClassMixtures(
         middle=normal(1, SIDE, SIDE),
         directions=torch.linalg.qr(normal(D, D)).Q[:, :directions].T.reshape(directions, 1, SIDE, SIDE),
@@ -160,3 +160,8 @@ def test_weights_files_hold_the_mixture_and_nothing_of_it_is_trained():
 def test_learned_variances_are_refused():
     with pytest.raises(ConfigurationError):
         OverMixture(Nothing(), Process(learn_sigma=True), M, D)
+
+
+def test_a_release_of_another_size_is_refused():
+    with pytest.raises(ConfigurationError, match="shape"):
+        OverMixture(Nothing(), Process(), 1, D).fill(_mixtures(D))

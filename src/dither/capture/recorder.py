@@ -7,7 +7,7 @@ count as parameters where they meet the examples (design: parameter-only subgrap
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Protocol
@@ -21,16 +21,15 @@ from torch.overrides import TorchFunctionMode
 from dither.capture import operations, watching
 from dither.capture.custom import CustomNodes
 from dither.capture.declared import Declared, declarations
+from dither.capture.kinds import BATCHED, BUFFER, DERIVED, PARAMETER, Kinds
 from dither.capture.places import after_tensor_hooks, alias, anchored
 from dither.capture.rows import row_by_row, shared_rows
 from dither.capture.saving import hooked, keep
 from dither.capture.uses import Hidden, OpCall, ParamUse, Tape, map_tensors, tensors_in
-from dither.errors import BufferUpdateError, NestedRecorderError, UnsupportedOpError
+from dither.errors import NestedRecorderError, UnsupportedOpError
 
 CALL = "dither.call"
 """Key, in the metadata of a graph node, of the indices of the recorded outputs that are the node's."""
-
-_PARAMETER, _DERIVED, _CONSTANT, _BUFFER, _BATCHED = "parameter", "derived", "constant", "buffer", "batched"
 
 
 class Rules(Protocol):
@@ -75,22 +74,14 @@ class Recorder(TorchFunctionMode):
         self._rules = rules
         self.on_output = on_output
         self._randomness = randomness
-        self._names = {id(p): name for name, p in parameters.items()}
-        # Strong references, so that no id is reused while the recorder lives.
-        self._kinds: dict[int, tuple[str, Tensor]] = {id(c): (_CONSTANT, c) for c in constants}
-        self._kinds |= {id(b): (_BUFFER, b) for b in buffers}
-        self._kinds |= {id(p): (_PARAMETER, p) for p in parameters.values()}
-        self.declared: dict[int, tuple[Tensor, Declared]] = {}
+        self.kinds = Kinds(parameters, buffers, constants)
         for tensor, declared in declarations():
-            if id(tensor) not in self._kinds:
-                self.declare(tensor, declared)
+            if id(tensor) not in self.kinds.by_id:
+                self.kinds.declare(tensor, declared)
         self._followed: dict[int, Tensor] = {}
         self.layouts: dict[int, tuple[Tensor, Declared]] = {}
         self.anchor = torch.zeros((), requires_grad=True)
         self.anchor.of_a_recording = True  # type: ignore[attr-defined]
-        self._versions = {i: t._version for i, (kind, t) in self._kinds.items() if kind in (_BUFFER, _PARAMETER)}
-        self._state: dict[Any, Tensor] | None = None
-        self._numbers: dict[int, tuple[Tensor, int]] = {}
         self._trace: list[Any] = []
         self.reorders_by_data = False
         self._replays = False
@@ -114,7 +105,7 @@ class Recorder(TorchFunctionMode):
             return
         self._entered = False
         if not self.tape.hides:  # no checkpoint will ask for them in backward
-            self._numbers.clear()
+            self.kinds.forget_drawn()
         try:
             super().__exit__(*exc_info)
         finally:
@@ -127,12 +118,12 @@ class Recorder(TorchFunctionMode):
         if not self.tape.hides:
             yield
             return
-        kinds, self._kinds, self._replays = self._kinds, dict(self._kinds), True
+        self._replays = True
         try:
-            with watching.as_written(), self._resumed():
+            with self.kinds.forgotten_after(), watching.as_written(), self._resumed():
                 yield
         finally:
-            self._kinds, self._replays = kinds, False
+            self._replays = False
 
     @contextmanager
     def _resumed(self) -> Iterator[None]:
@@ -152,26 +143,6 @@ class Recorder(TorchFunctionMode):
             super().__enter__()
 
     resumed = _resumed
-
-    def may_miss(self, inputs: Sequence[Any], behind: Sequence[frozenset[int]]) -> bool:
-        """Whether operations on these inputs need not be seen: none uses a parameter, every result is the examples'.
-
-        Args:
-            inputs: the tensors and numbers that the operations are given.
-            behind: for each result, the positions of the tensors it is computed from.
-        """
-        examples = set()
-        for position, tensor in enumerate(inputs):
-            if type(tensor) is int:
-                continue
-            kind = self._kinds.get(id(tensor))
-            if kind is None:
-                if type(tensor) is not Tensor or id(tensor) in self._numbers:
-                    return False
-                examples.add(position)
-            elif kind[0] not in (_CONSTANT, _BUFFER):
-                return False
-        return all(not examples.isdisjoint(positions) for positions in behind)
 
     def missed(self, what: str, options: tuple[int, ...]) -> None:
         """Take note, in the trace, of operations that were not seen."""
@@ -195,48 +166,20 @@ class Recorder(TorchFunctionMode):
             self._trace.append((func, operations.options_of(args), operations.options_of(kwargs)))
             if not self.reorders_by_data:
                 picked = operations.reordered(func, args, kwargs)
-                self.reorders_by_data = any(self._varies(tensor) for tensor in picked)
+                self.reorders_by_data = any(self.kinds.varies(tensor) for tensor in picked)
         return output
-
-    def constants(self) -> Iterator[Tensor]:
-        """Every tensor that was computed from constants alone."""
-        return (tensor for kind, tensor in self._kinds.values() if kind == _CONSTANT)
 
     @property
     def trace(self) -> tuple[Any, ...]:
         """Every operation that ran, with its options: where it is the same, so are the examples' places."""
         return tuple(self._trace)
 
-    def check_state(self) -> None:
-        """Raise BufferUpdateError if a buffer or parameter was changed in place unseen, from the examples perhaps."""
-        for number, version in self._versions.items():
-            tensor = self._kinds[number][1]
-            if tensor._version != version:
-                raise _updated(tensor, "an operation on the same memory")
-
     def custom_nodes(self) -> CustomNodes:
         """What adopts the custom autograd functions of this recording."""
-        return CustomNodes(self.tape, self._rules.custom, self._began, self.anchor, self._parameters_in_graph)
-
-    def _parameters_in_graph(self) -> dict[Any, tuple[Tensor, str]]:
-        """By graph node: every parameter, and every tensor computed from parameters alone, with its name."""
-        found = {}
-        for kind, tensor in self._kinds.values():
-            if kind == _PARAMETER or (kind == _DERIVED and tensor.grad_fn is not None):
-                node = torch.autograd.graph.get_gradient_edge(tensor).node if tensor.requires_grad else None
-                found[node] = (tensor, self._label(tensor))
-        found.pop(None, None)
-        return found
-
-    def _varies(self, tensor: Tensor) -> bool:
-        """Whether picking rows of the tensor moves rows that a gradient comes back to: places may change each step."""
-        if not tensor.is_floating_point():
-            return False
-        kind = self._kinds.get(id(tensor))
-        return kind[0] == _BATCHED if kind is not None else tensor.requires_grad
+        return CustomNodes(self.tape, self._rules.custom, self._began, self.anchor, self.kinds.parameters_in_graph)
 
     def _dispatch(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        kinds = self._kinds
+        kinds = self.kinds.by_id
         used: set[int] = set()
         watched: list[Tensor] = []
         batch_free = True
@@ -244,17 +187,17 @@ class Recorder(TorchFunctionMode):
         for tensor in tensors_in(args, kwargs):
             kind = kinds.get(id(tensor))
             if kind is None and type(tensor) is Parameter:
-                kind = self._state_behind(tensor)
+                kind = self.kinds.state_behind(tensor)
             if kind is None:
                 batch_free = False
-            elif kind[0] in (_PARAMETER, _DERIVED):
+            elif kind[0] in (PARAMETER, DERIVED):
                 if tensor.requires_grad:  # else it is frozen at this moment
                     used.add(id(tensor))
-                if kind[0] == _PARAMETER:
+                if kind[0] == PARAMETER:
                     watched.append(tensor)
-            elif kind[0] == _BUFFER:
+            elif kind[0] == BUFFER:
                 watched.append(tensor)
-            elif kind[0] == _BATCHED:
+            elif kind[0] == BATCHED:
                 batch_free, follows = False, True
         if follows and torch.is_grad_enabled():
             args, kwargs = map_tensors(self._follow, args), map_tensors(self._follow, kwargs)
@@ -269,28 +212,8 @@ class Recorder(TorchFunctionMode):
         output = self._run(func, args, kwargs, used, batch_free)
         for tensor, version in zip(watched, versions, strict=True):
             if tensor._version != version:
-                self._changed(tensor, version, batch_free, operations.name_of(func))
+                self.kinds.changed(tensor, version, batch_free, operations.name_of(func))
         return output
-
-    def _state_behind(self, parameter: Parameter) -> tuple[str, Tensor] | None:
-        """The kind of a parameter that is none of the model's, if it is the memory of a buffer or frozen one.
-
-        As `nn.Parameter(weight.T)`, whose making no torch function shows.
-        """
-        if self._state is None:
-            buffers = [tensor for kind, tensor in self._kinds.values() if kind == _BUFFER]
-            self._state = {operations.entries_of(tensor): tensor for tensor in buffers}
-        entries = operations.entries_of(parameter)
-        if entries is None or entries not in self._state or operations.entries_of(self._state[entries]) != entries:
-            return None
-        return self._kinds.setdefault(id(parameter), (_BUFFER, parameter))
-
-    def _changed(self, tensor: Tensor, before: int, batch_free: bool, name: str) -> None:
-        """State may change where no example has a part: power iterations, counters of steps."""
-        if not batch_free:
-            raise _updated(tensor, name)
-        if self._versions.get(id(tensor)) == before:
-            self._versions[id(tensor)] = tensor._version
 
     def _run(self, func: Any, args: Any, kwargs: Any, used: set[int], batch_free: bool) -> Any:
         if not used:
@@ -303,13 +226,13 @@ class Recorder(TorchFunctionMode):
 
     def _follow(self, tensor: Tensor) -> Tensor:
         """A declared input's stand-in, which has a place in the graph."""
-        kind = self._kinds.get(id(tensor))
-        if kind is None or kind[0] != _BATCHED or tensor.requires_grad or not tensor.is_floating_point():
+        kind = self.kinds.by_id.get(id(tensor))
+        if kind is None or kind[0] != BATCHED or tensor.requires_grad or not tensor.is_floating_point():
             return tensor
         if id(tensor) not in self._followed:
             index = -1 - len(self.tape.followed)
             self.tape.followed[index] = tensor.shape
-            self.layouts[index] = self.declared[id(tensor)]
+            self.layouts[index] = self.kinds.declared[id(tensor)]
             self._followed[id(tensor)] = alias(tensor, self.anchor, partial(self.tape.deliver, index, None))
         return self._followed[id(tensor)]
 
@@ -322,29 +245,15 @@ class Recorder(TorchFunctionMode):
         in_place = operations.is_in_place(name)
         target = args[0] if in_place and args and isinstance(args[0], Tensor) else None
         if target is not None and not batch_free:
-            self._forget_constant(target, name)
+            self.kinds.no_constant(target, name)
         random = batch_free and operations.draws(name)
-        drawn = random or bool(self._numbers and not batch_free and self._only_drawn(args, kwargs))
+        drawn = random or (self.kinds.any_drawn and not batch_free and self.kinds.only_drawn(args, kwargs))
         output = func(*args, **kwargs)
         if batch_free and not random:
-            for tensor in tensors_in(output):
-                self._kinds.setdefault(id(tensor), (_CONSTANT, tensor))
+            self.kinds.constant(output)
         if drawn:
-            self._numbers |= {id(t): (t, t._version) for t in tensors_in(output) if id(t) not in self._kinds}
+            self.kinds.drawn(output)
         return output
-
-    def _only_drawn(self, args: Any, kwargs: Any) -> bool:
-        """Whether no example is behind any of the tensors: random numbers, drawn from constants, may be among them.
-
-        Random numbers are no constants where they may be each example's own (noise). Here that does not matter.
-        """
-        for tensor in tensors_in(args, kwargs):
-            kind, drawn = self._kinds.get(id(tensor)), self._numbers.get(id(tensor))
-            if kind is None and (drawn is None or drawn[1] != tensor._version):  # as drawn, or changed since
-                return False
-            if kind is not None and kind[0] == _BATCHED:
-                return False
-        return True
 
     def _run_on_parameters_alone(self, func: Any, args: Any, kwargs: Any) -> Any:
         if hooked():  # what is computed from parameters alone is asked for more than once a pass
@@ -352,46 +261,24 @@ class Recorder(TorchFunctionMode):
                 output = func(*args, **kwargs)
         else:
             output = func(*args, **kwargs)
-        self._computed(output)
+        self.kinds.computed(output)
         if operations.is_in_place(operations.name_of(func)) and args and isinstance(args[0], Tensor):
-            for tensor in (args[0], *([] if args[0]._base is None else [args[0]._base])):
-                if tensor.requires_grad and id(tensor) not in self._names:
-                    self._kinds[id(tensor)] = (_DERIVED, tensor)
+            self.kinds.written(args[0])
         return output
 
     def declare(self, tensor: Tensor, declared: Declared) -> None:
         """Take note of what is said of a tensor: before the recording, or while it runs."""
-        self._kinds[id(tensor)] = (_CONSTANT if declared.axis is None else _BATCHED, tensor)
-        self.declared[id(tensor)] = (tensor, declared)
+        self.kinds.declare(tensor, declared)
 
     def applied(self, arguments: Any, output: Any) -> None:
-        """A custom autograd function of parameters and constants alone gives such a tensor too."""
-        kinds = [self._kinds.get(id(tensor)) for tensor in tensors_in(arguments)]
-        if kinds and all(kind is not None and kind[0] != _BATCHED for kind in kinds):
-            self._computed(output)
-
-    def _computed(self, output: Any) -> None:
-        """Take note of a tensor that is computed from parameters and constants alone."""
-        for tensor in tensors_in(output):
-            kind = self._kinds.get(id(tensor))
-            if kind is None or kind[0] == _CONSTANT:
-                self._kinds[id(tensor)] = (_DERIVED if tensor.requires_grad else _CONSTANT, tensor)
-
-    def _forget_constant(self, target: Tensor, name: str) -> None:
-        for tensor in (target, *([] if target._base is None else [target._base])):
-            kind = self._kinds.get(id(tensor))
-            if kind is None:
-                continue
-            if kind[0] == _BUFFER:
-                raise _updated(tensor, name)
-            if kind[0] == _CONSTANT:
-                del self._kinds[id(tensor)]
+        """Take note of what a custom autograd function gave."""
+        self.kinds.computed_by_function(arguments, output)
 
     def _use(self, func: Any, args: Any, kwargs: Any, used: set[int]) -> Any:
         name = operations.name_of(func)
         in_place = operations.is_in_place(name) and id(args[0]) in used
-        stays = in_place or (self._numbers and operations.keeps_shape(func, args, used))
-        if stays and self._only_drawn(args, kwargs):  # a weight with a mask of its own: its entries are no examples'
+        stays = in_place or (self.kinds.any_drawn and operations.keeps_shape(func, args, used))
+        if stays and self.kinds.only_drawn(args, kwargs):  # a weight with a mask of its own: no example is in it
             return self._run_on_parameters_alone(func, args, kwargs)
         if in_place:
             raise UnsupportedOpError(
@@ -418,21 +305,23 @@ class Recorder(TorchFunctionMode):
         detach = _Detacher(clone=args[0] if in_place else None)
         saved = (map_tensors(detach, args), map_tensors(detach, kwargs), map_tensors(detach, operands))
         given = tensors_in(args, kwargs)
-        known = [id(tensor) in self._kinds for tensor in given]
+        known = [id(tensor) in self.kinds.by_id for tensor in given]
         replays = any(rule.replays for _, _, rule in claimed)
         rng_state = torch.get_rng_state() if replays else None
         autocast = operations.autocast_of(args) if replays else None
         fixed = frozenset(position for position, fix in enumerate(known) if fix) if replays else frozenset()
 
         def live(tensor: Tensor) -> Tensor:
-            kind = self._kinds.get(id(tensor))
-            return detach(tensor) if kind is not None and kind[0] in (_PARAMETER, _DERIVED) else tensor
+            kind = self.kinds.by_id.get(id(tensor))
+            return detach(tensor) if kind is not None and kind[0] in (PARAMETER, DERIVED) else tensor
 
         output = func(*map_tensors(live, args), **map_tensors(live, kwargs))
         rng_state = self._drawn(rng_state, func)
-        if rng_state is not None and self._randomness == "same" and shared_rows(args, self._kinds) > 1:
+        if rng_state is not None and self._randomness == "same" and shared_rows(args, self.kinds.by_id) > 1:
             with self._resumed():
-                examples = {id(t): self._followed_from_here(t) for t in tensors_in(args) if id(t) not in self._kinds}
+                examples = {
+                    id(t): self._followed_from_here(t) for t in tensors_in(args) if id(t) not in self.kinds.by_id
+                }
                 return row_by_row(func, args, kwargs, examples, rng_state)
         outputs = [t for t in tensors_in(output) if t.is_floating_point() or t.is_complex()]
         held, hidden = self._hide(detach.done, saved, len(outputs)) if hooked() else ([None] * len(outputs), None)
@@ -459,8 +348,8 @@ class Recorder(TorchFunctionMode):
             )
             self.tape.calls.append(call)
             for slot, tensor_id, rule in claimed:
-                used = self._kinds[tensor_id][1]
-                self.tape.uses.append(ParamUse(call, slot, used, self._label(used), rule))
+                used = self.kinds.by_id[tensor_id][1]
+                self.tape.uses.append(ParamUse(call, slot, used, self.kinds.label(used), rule))
         return self._listen(output, outputs, first, held)
 
     def _drawn(self, before: Tensor | None, func: Any) -> Tensor | None:
@@ -477,16 +366,13 @@ class Recorder(TorchFunctionMode):
 
     def _hide(self, detached: dict[int, Tensor], saved: Any, outputs: int) -> tuple[list[Any], Any]:
         """Give the inputs that are not parameters or constants into the care of the active hooks, once an output."""
-        inputs = [copy for original, copy in detached.items() if original not in self._kinds]
+        inputs = [copy for original, copy in detached.items() if original not in self.kinds.by_id]
         held = [keep(self.anchor, inputs) for _ in range(outputs)]
         if self._replays:
             return held, None
         places = {id(copy): Hidden(position, copy.shape) for position, copy in enumerate(inputs)}
         hidden = tuple(map_tensors(lambda t: places.get(id(t), t), tree) for tree in saved)
         return held, hidden
-
-    def _label(self, tensor: Tensor) -> str:
-        return self._names.get(id(tensor)) or f"a tensor of shape {tuple(tensor.shape)} computed from parameters"
 
     def _in_graph(self, tensor: Tensor) -> Tensor:
         """An output with a graph node of its own, which an in-place operation on it leaves in its place."""
@@ -511,13 +397,6 @@ class Recorder(TorchFunctionMode):
             if self.on_output is not None:
                 self.on_output(live, call)
         return replaced[id(output)] if id(output) in replaced else map_tensors(lambda t: replaced.get(id(t), t), output)
-
-
-def _updated(buffer: Tensor, name: str) -> BufferUpdateError:
-    return BufferUpdateError(
-        f"A buffer or parameter of shape {tuple(buffer.shape)} is changed in place by {name} from the examples.",
-        fix="make the buffer a constant (eval mode, track_running_stats=False): it would not be private",
-    )
 
 
 def _as_it_is(tensor: Tensor) -> Tensor:

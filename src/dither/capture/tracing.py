@@ -135,7 +135,11 @@ class _Compiled(nn.Module):
     def forward(self, *inputs: Any) -> Any:
         """What the segment's operations return."""
         recorder = watching.current()
-        if self._refused or not isinstance(recorder, Recorder) or not recorder.may_miss(inputs, self._segment.behind):
+        if (
+            self._refused
+            or not isinstance(recorder, Recorder)
+            or not recorder.kinds.may_miss(inputs, self._segment.behind)
+        ):
             return self.module.forward(*inputs)
         try:
             with recorder.paused():

@@ -17,8 +17,7 @@ if TYPE_CHECKING:
 def choose_for_data(options: Options, images: Images, examples: int, console: Console) -> Options:
     """The options with settings for a data set of this size and shape, where the user gave none.
 
-    The embedded digits have the recipe's own. For models that the recipe does not build, and public ones, only what the
-    number of images decides is chosen: delta, and a batch that is not larger.
+    The embedded digits have the recipe's own.
 
     Args:
         options: as they were given.
@@ -30,7 +29,10 @@ def choose_for_data(options: Options, images: Images, examples: int, console: Co
 
     if options.data.path is None:
         return options
-    privacy, given = options.privacy, options.given
+    privacy = options.privacy
+    given = {name: _value(options, name) for name in options.given}
+    if options.model != "dit":
+        given["model"] = options.model  # of a class, only the parts are among the names
     chosen = choose(
         examples,
         images.num_classes,
@@ -40,7 +42,7 @@ def choose_for_data(options: Options, images: Images, examples: int, console: Co
         epsilon=privacy.epsilon,
         batch=privacy.expected_batch_size if "privacy.expected_batch_size" in given else None,
         given=given,
-        of_recipe=options.model == "dit" and options.finetune_from is None,
+        public=options.pretrain.path is not None or options.finetune_from is not None,
     )
     if not chosen:
         return options
@@ -54,6 +56,16 @@ def choose_for_data(options: Options, images: Images, examples: int, console: Co
         table.add_row(f"--{one.option} {_shown(one.value)}", one.reason)
     console.print(table)
     return with_settings(options, changes)
+
+
+def _value(options: Options, name: str) -> Any:
+    """The value of an option by its full name."""
+    if name == "finetune.from":
+        return options.finetune_from
+    found: Any = options
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    return found
 
 
 def _shown(value: object) -> str:

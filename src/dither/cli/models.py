@@ -99,7 +99,7 @@ def _build(options: Options, images: Images) -> nn.Module:
     if options.model == "diffusers_unet":
         from dither.diffusion.unet import DiffusersUNet
 
-        return DiffusersUNet(options.unet, *sizes)
+        return DiffusersUNet(options.unet, *sizes, hides_labels=options.recipe.label_dropout > 0)
     from dither.diffusion.labelled import LabelledModel
 
     return LabelledModel(_users_model(options.model), *sizes, hides_labels=options.recipe.label_dropout > 0)

@@ -135,7 +135,7 @@ class Pretraining:
 
 @dataclass(frozen=True)
 class WarmUp:
-    """What of each class is released once with noise, paid from the same budget, for the model to be trained on first.
+    """What of each class is released once with noise, paid from the same budget, for the model to begin with.
 
     Args:
         kind: mixtures (of Gaussians in each class, whose own denoiser the model then corrects, from zero), gaussians

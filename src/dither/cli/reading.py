@@ -57,6 +57,9 @@ def with_settings(options: Options, changes: Mapping[str, Mapping[str, Any]]) ->
     Args:
         options: as they were read.
         changes: by group ("recipe", "privacy", "unet", "warm_up"), values by name; of no group (""), the model.
+
+    Raises:
+        ConfigurationError: settings that do not go together.
     """
     content = yaml.safe_load(options.text)
     for group, values in changes.items():
@@ -67,7 +70,9 @@ def with_settings(options: Options, changes: Mapping[str, Mapping[str, Any]]) ->
         content[group] |= values
         options = replace(options, **{group: replace(getattr(options, group), **values)})
     text = yaml.safe_dump(content, sort_keys=False)
-    return replace(options, recipe=_planned(options.recipe, options.privacy), text=text)
+    changed = replace(options, recipe=_planned(options.recipe, options.privacy), text=text)
+    _check(changed)
+    return changed
 
 
 def _planned(recipe: Recipe, privacy: Privacy) -> Recipe:
@@ -118,16 +123,11 @@ def _options(parser: ArgumentParser, parsed: Namespace, given: Namespace) -> Opt
     kept.output = kept.resume = None
     model, source = parsed.pop("model"), parsed.pop("finetune.from")  # built later, after the seed
     made = parser.instantiate(parsed)
-    privacy = made.privacy
-    recipe = _planned(made.recipe, privacy)
-    _check(recipe, made, from_zero=source is None and made.pretrain.path is None)
-    if made.telemetry.samples < 0:
-        raise ConfigurationError(f"--telemetry.samples {made.telemetry.samples} is below 0", fix="0 draws none")
-    return Options(
+    options = Options(
         data=made.data,
-        privacy=privacy,
+        privacy=made.privacy,
         performance=made.performance,
-        recipe=recipe,
+        recipe=_planned(made.recipe, made.privacy),
         warm_up=made.warm_up,
         telemetry=made.telemetry,
         model=model,
@@ -142,15 +142,21 @@ def _options(parser: ArgumentParser, parsed: Namespace, given: Namespace) -> Opt
         text=parser.dump(kept, skip_unset=False),
         given=frozenset(given.keys(branches=False)),
     )
+    _check(options)
+    return options
 
 
-def _check(recipe: Recipe, made: Namespace, from_zero: bool) -> None:
+def _check(options: Options) -> None:
     """Refuse now what would otherwise fail when the model is built, or only after the training."""
-    if made.warm_up.kind == "mixtures" and not from_zero:
+    recipe = options.recipe
+    _check_mixtures(options)
+    if recipe.guidance != 1 and recipe.label_dropout == 0:
         raise ConfigurationError(
-            "--warm_up.kind mixtures is corrected by a network that begins at zero, and a public one does not",
-            fix="leave out --finetune.from and --pretrain.path, or the warm-up",
+            f"--recipe.guidance {recipe.guidance} needs a model that also learns without labels",
+            fix="--recipe.label_dropout 0.1, or guidance 1",
         )
+    if options.telemetry.samples < 0:
+        raise ConfigurationError(f"--telemetry.samples {options.telemetry.samples} is below 0", fix="0 draws none")
     samplers = FLOW_SAMPLERS if recipe.prediction == "flow" else SAMPLERS
     if recipe.sampler not in samplers:
         raise ConfigurationError(
@@ -167,16 +173,31 @@ def _check(recipe: Recipe, made: Namespace, from_zero: bool) -> None:
     }
     optional = {
         "--privacy.steps": recipe.steps,
-        "--performance.threads": made.performance.threads,
-        "--performance.memory_budget": made.performance.memory_budget,
-        "--save_every": made.save_every,
-        "--warm_up.clip_norm": made.warm_up.clip_norm,
-        "--warm_up.components": made.warm_up.components,
-        "--warm_up.rank": made.warm_up.rank,
+        "--performance.threads": options.performance.threads,
+        "--performance.memory_budget": options.performance.memory_budget,
+        "--save_every": options.save_every,
+        "--warm_up.clip_norm": options.warm_up.clip_norm,
+        "--warm_up.components": options.warm_up.components,
+        "--warm_up.rank": options.warm_up.rank,
     }
     for group in ("pretrain", "warm_up"):
-        optional |= {f"--{group}.{name}": getattr(made[group], name) for name in ("steps", "learning_rate")}
-    optional["--pretrain.batch_size"] = made.pretrain.batch_size
+        optional |= {f"--{group}.{name}": getattr(getattr(options, group), name) for name in ("steps", "learning_rate")}
+    optional["--pretrain.batch_size"] = options.pretrain.batch_size
     for option, value in {**positive, **optional}.items():
         if value is not None and not 0 < value < math.inf:
             raise ConfigurationError(f"{option} {value} is not above 0", fix="give a positive number")
+
+
+def _check_mixtures(options: Options) -> None:
+    if options.warm_up.kind != "mixtures":
+        return
+    if options.finetune_from is not None or options.pretrain.path is not None:
+        raise ConfigurationError(
+            "--warm_up.kind mixtures is corrected by a network that begins at zero, and a public one does not",
+            fix="leave out --finetune.from and --pretrain.path, or the warm-up",
+        )
+    if options.finetune.mode != "full":
+        raise ConfigurationError(
+            f"--finetune.mode {options.finetune.mode} leaves the last layer, which begins at zero, as it is",
+            fix="--finetune.mode full, or another --warm_up.kind",
+        )

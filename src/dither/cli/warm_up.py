@@ -1,4 +1,4 @@
-"""The warm-up of `dither train`: statistics of each class are released once, and the model is first trained on them."""
+"""The warm-up of `dither train`: statistics of each class are released once, and the model begins with them."""
 
 from __future__ import annotations
 
@@ -89,13 +89,13 @@ def release(options: Options, folder: RunFolder, data: ImageData, console: Conso
         "seed": options.seed,
     }
     found: Released
-    if chosen.kind != "means":
-        if chosen.kind == "mixtures":
-            found = release_class_mixtures(data, rank=chosen.rank, components=chosen.components, **common)
-        else:
-            found = release_class_gaussians(data, rank=min(chosen.rank, entries), **common)
-        labels = torch.arange(images.num_classes).repeat(_SHOWN)
-        shown, said = found.draw(labels, _PIXELS), chosen.kind[:-1]
+    labels = torch.arange(images.num_classes).repeat(_SHOWN)
+    if chosen.kind == "mixtures":
+        found = release_class_mixtures(data, rank=chosen.rank, components=chosen.components, **common)
+        shown, said = found.draw(labels, _PIXELS), "mixture of Gaussians"
+    elif chosen.kind == "gaussians":
+        found = release_class_gaussians(data, rank=min(chosen.rank, entries), **common)
+        shown, said = found.draw(labels, _PIXELS), "Gaussian"
     else:
         limits = None if images.latents is not None else _PIXELS
         found = release_class_means(

@@ -56,7 +56,7 @@ def _check_mode() -> None:
 
 def _check_buffers(before: Mapping[str, Tensor], model: nn.Module, recorder: Recorder) -> None:
     """Raise BufferUpdateError for a buffer that another tensor took the place of, unless that is a constant."""
-    constants = {id(tensor) for tensor in recorder.constants()}
+    constants = {id(tensor) for tensor in recorder.kinds.constants()}
     for name, buffer in model.named_buffers():
         if name in before and before[name] is not buffer and id(buffer) not in constants:
             raise BufferUpdateError(
@@ -100,7 +100,7 @@ class Recorded:
         """Take what a recorder saw, once it has stopped."""
         self.tape, self.anchor = recorder.tape, recorder.anchor
         self.replaying = recorder.replaying if recorder.tape.hides else None
-        self._memory.keep_constants(recorder.constants())
+        self._memory.keep_constants(recorder.kinds.constants())
         recorder.on_output = None
         self._trace, self._reorders = recorder.trace, recorder.reorders_by_data
 
@@ -221,7 +221,7 @@ class Recording(Recorded):
         )
         with torch.enable_grad(), recorder:
             losses = loss_fn()
-        recorder.check_state()
+        recorder.kinds.check_state()
         if before:
             _check_buffers(before, model, recorder)
         super().__init__(model, parameters)

@@ -7,7 +7,7 @@ small U-Net over a mixture of each class (the default), and for a DiT, whose che
 from __future__ import annotations
 
 import math
-from collections.abc import Set as AbstractSet
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +20,7 @@ _ONE_TOKEN = 1024  # entries of an image, up to which one token holds it
 _GAUSSIANS = 4096  # entries, up to which second moments are released
 _FEWEST_OF_A_CLASS, _OF_A_COMPONENT, _MOST_COMPONENTS = 100, 300, 20
 _CELLS = 16  # about the side of what a U-Net sees of an image
-_DIT = {f"recipe.{name}" for name in ("model", "patch_size", "hidden_size", "depth", "num_heads", "prediction")}
-_BEGUN = ("unet.", "pretrain.", "finetune.")  # groups, any of which asks for a model of its own
+_OF_A_DIT = {f"recipe.{name}" for name in ("model", "patch_size", "hidden_size", "depth", "num_heads")}
 
 
 @dataclass(frozen=True)
@@ -78,13 +77,14 @@ def choose(
     *,
     epsilon: float | None = 10.0,
     batch: float | None = None,
-    given: AbstractSet[str] = frozenset(),
-    of_recipe: bool = True,
+    given: Mapping[str, Any] | None = None,
+    public: bool = False,
 ) -> list[Choice]:
     """Settings for a data set other than the demo's digits.
 
-    The settings of a model go together, and so do those of a warm-up: where the user gave the model's name, one of its
-    settings or the kind of warm-up, the rest of these stay as they are, and a model named "dit" is chosen for as one.
+    The settings of a model go together, and so do those of a warm-up. Where what the user gave goes with a U-Net over
+    mixtures, the rest of that is chosen; otherwise the rest of what goes with a DiT, but nothing of a group that the
+    user began; and for other models only what the number of images decides.
 
     Args:
         examples: number of images; taken as public, as the accounting takes it.
@@ -94,20 +94,34 @@ def choose(
         latents: whether the images are an autoencoder's latents.
         epsilon: of the run; None where its noise is given, and a warm-up could have no share of it.
         batch: the user's expected batch size; None chooses one.
-        given: "group.name" of what the user gave, which is not chosen.
-        of_recipe: whether the model is the recipe's own; for another only delta is chosen, and the batch where the
-            recipe's is more than half of the images.
+        given: what the user gave, by "group.name": none of it is chosen.
+        public: whether the run begins with a public model or public data.
     """
-    data = _Data(examples, num_classes, side, channels, latents)
-    if not of_recipe:
+    data, given = _Data(examples, num_classes, side, channels, latents), given or {}
+    over_mixtures = _u_net_over_mixtures(data, epsilon or math.inf, batch)
+    fits = data.side % (2 * _patch(data)) == 0 and not latents and data.of_a_class >= _FEWEST_OF_A_CLASS
+    if fits and epsilon is not None and not public and _agrees(given, over_mixtures):
+        chosen = over_mixtures
+    elif given.get("model", "dit") == "dit" and not given.get("finetune.from"):
+        chosen = _dit(data, epsilon is not None, batch, given)
+    else:
         chosen = [_delta(examples)]
         if Recipe.expected_batch_size > data.half:
             chosen.append(_batch(data.half))
-    elif epsilon is not None and _goes_over_mixtures(data, given):
-        chosen = _u_net_over_mixtures(data, epsilon, batch)
-    else:
-        chosen = _dit(data, epsilon is not None, batch, given)
-    return [one for one in chosen if one.option not in given]
+    left = set(given)
+    if given.get("recipe.guidance", 1) != 1:
+        left.add("recipe.label_dropout")  # guidance needs some
+    if "warm_up.noise_multiplier" in given:
+        left.add("warm_up.share")
+    return [one for one in chosen if one.option not in left]
+
+
+def _agrees(given: Mapping[str, Any], chosen: Sequence[Choice]) -> bool:
+    """Whether what the user gave leaves the model and the kind of warm-up that would be chosen."""
+    fixed = {one.option: one.value for one in chosen if one.option in ("model", "warm_up.kind", "recipe.prediction")}
+    return not any(name in given for name in _OF_A_DIT) and all(
+        given[name] == value for name, value in fixed.items() if name in given
+    )
 
 
 def _delta(examples: int) -> Choice:
@@ -131,13 +145,6 @@ def _centre(data: _Data) -> Choice:
         if data.channels == 1
         else Choice("warm_up", "centre", 0.0, "colours are taken about mid-grey")
     )
-
-
-def _goes_over_mixtures(data: _Data, given: AbstractSet[str]) -> bool:
-    """Whether a U-Net over mixtures fits the data, and nothing that the user gave asks for another model or warm-up."""
-    others = {"model", "warm_up.kind"} | _DIT
-    fits = data.side % (2 * _patch(data)) == 0 and not data.latents and data.of_a_class >= _FEWEST_OF_A_CLASS
-    return fits and others.isdisjoint(given) and not any(name.startswith(_BEGUN) for name in given)
 
 
 def _patch(data: _Data) -> int:
@@ -171,7 +178,7 @@ def _u_net_over_mixtures(data: _Data, epsilon: float, batch: float | None) -> li
     ]  # fmt: skip
 
 
-def _dit(data: _Data, budgeted: bool, batch: float | None, given: AbstractSet[str]) -> list[Choice]:
+def _dit(data: _Data, budgeted: bool, batch: float | None, given: Mapping[str, Any]) -> list[Choice]:
     """Every setting that goes with the recipe's DiT, given or not; a group that the user began is left out."""
     batch = min(_LARGEST_BATCH, data.half) if batch is None else batch
     chosen = [
@@ -181,7 +188,7 @@ def _dit(data: _Data, budgeted: bool, batch: float | None, given: AbstractSet[st
         Choice("recipe", "multiplicity", 4, "noise draws of an image within its one clipped gradient"),
         Choice("recipe", "learning_rate", 3e-3, "right for large batches"),
     ]
-    if data.entries <= _ONE_TOKEN and not data.latents and _DIT.isdisjoint(given):
+    if data.entries <= _ONE_TOKEN and not data.latents and (_OF_A_DIT | {"recipe.prediction"}).isdisjoint(given):
         whole = "one token an image: the noise spoils few weights, and a step is short"
         narrow = "a token narrower than its patch cannot pass noise through, so the image is predicted"
         chosen += [

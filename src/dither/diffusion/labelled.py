@@ -10,6 +10,18 @@ from torch import Tensor, nn
 from dither.errors import ConfigurationError, DitherError
 
 
+def refuse_unlabelled(drop_label: Tensor) -> None:
+    """Refuse to hide a label before a model that never saw one hidden.
+
+    Raises:
+        ConfigurationError: a label is hidden.
+    """
+    if bool(drop_label.any()):
+        raise ConfigurationError(
+            "the model was trained without label dropout and has no 'no label'", fix="use guidance 1"
+        )
+
+
 class LabelledModel(nn.Module):
     """A model of the user's with forward(x, t, y), which takes label `num_classes` as "no label".
 
@@ -40,10 +52,8 @@ class LabelledModel(nn.Module):
             out: Tensor = self.net(x, t, y, drop_label=drop_label)
             return out
         if drop_label is not None:
-            if not self.hides_labels and not self.training and bool(drop_label.any()):
-                raise ConfigurationError(
-                    "the model was trained without label dropout and has no 'no label'", fix="use guidance 1"
-                )
+            if not self.hides_labels and not self.training:
+                refuse_unlabelled(drop_label)
             y = torch.where(drop_label, self.num_classes, y)
         out = self.net(x, t, y)
         return out

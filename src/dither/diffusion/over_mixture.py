@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from dither.class_mixtures import sizes
+from dither.class_mixtures import release_sizes
 from dither.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -21,13 +21,14 @@ if TYPE_CHECKING:
     from dither.diffusion.process import Process
 
 
-_LEAST_SIGNAL = 1e-3
+_LEAST = 1e-4
 
 
 class OverMixture(nn.Module):
     """A denoiser under the signature of `DiT` whose output is the mixture's plus the network's.
 
-    The mixture is in its buffers: weights files hold it, and it is not trained. Until `fill` it is empty.
+    The mixture is in its buffers: weights files hold it, and it is not trained. Until `fill` it is a
+    Gaussian of white images.
 
     Args:
         model: the network, with `input_size`, `in_channels` and `num_classes`; best one whose output starts at zero.
@@ -56,7 +57,7 @@ class OverMixture(nn.Module):
             int(getattr(model, name)) for name in ("input_size", "in_channels", "num_classes")
         )
         shape = self.in_channels, self.input_size, self.input_size
-        directions, axes = sizes(self.in_channels * self.input_size**2, rank)
+        directions, axes = release_sizes(self.in_channels * self.input_size**2, rank)
         each = self.num_classes, components
         for name, size in {
             "middle": shape,
@@ -67,19 +68,30 @@ class OverMixture(nn.Module):
             "variances": (*each, axes),
             "rest": (2,),
         }.items():
-            self.register_buffer(name, torch.ones(size))
+            empty = torch.ones(size) if name in ("weights", "rest") else torch.zeros(size)
+            self.register_buffer(name, empty)
 
     def fill(self, mixtures: ClassMixtures) -> None:
-        """Take what was released."""
+        """Take what was released.
+
+        Raises:
+            ConfigurationError: it is of another size.
+        """
         for name, tensor in mixtures.tensors().items():
-            self.get_buffer(name).copy_(tensor)
+            own = self.get_buffer(name)
+            if own.shape != tensor.shape:
+                raise ConfigurationError(
+                    f"the released {name} are of shape {tuple(tensor.shape)}, the model's of {tuple(own.shape)}",
+                    fix="the same components and rank for both, and images of the model's shape",
+                )
+            own.copy_(tensor)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor, drop_label: Tensor | None = None) -> Tensor:
         """Predict (N, C, H, W) from noisy images, timesteps (N,) and labels (N,), hidden where `drop_label` (N,)."""
         learned: Tensor = self.model(x, t, y, drop_label=drop_label)
         with torch.no_grad():
             signal, noise = (part.to(x.dtype).view(-1, 1, 1, 1) for part in self.process.signal_and_noise(t))
-            signal = signal.clamp(min=_LEAST_SIGNAL)  # a straight line ends in noise alone
+            signal, noise = signal.clamp(min=_LEAST), noise.clamp(min=_LEAST)  # a straight line ends with one alone
             clean = self.expected(x / signal, (noise / signal).flatten(), y, drop_label)
             known = self.process.target(clean, (x - signal * clean) / noise, t)
         return known + learned

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dither.diffusion.labelled import refuse_unlabelled
 from dither.errors import ConfigurationError
 
 
@@ -45,13 +46,17 @@ class DiffusersUNet(nn.Module):
         input_size: image side; a multiple of the patch's, halved at each level after the first.
         in_channels: image channels C.
         num_classes: labels run from 0 to `num_classes - 1`; the row after them means "no label".
+        hides_labels: whether "no label" occurs in training; where it does not, sampling with it is refused.
 
     Raises:
         ConfigurationError: sizes that do not go together.
     """
 
-    def __init__(self, unet: UNet, input_size: int, in_channels: int, num_classes: int) -> None:
+    def __init__(
+        self, unet: UNet, input_size: int, in_channels: int, num_classes: int, hides_labels: bool = True
+    ) -> None:
         super().__init__()
+        self.hides_labels = hides_labels
         self.input_size, self.in_channels, self.num_classes = input_size, in_channels, num_classes
         self.patch_size, halvings = unet.patch_size, len(unet.block_out_channels) - 1
         if halvings < 0 or self.patch_size < 1 or input_size % (self.patch_size * 2**halvings):
@@ -74,6 +79,8 @@ class DiffusersUNet(nn.Module):
     def forward(self, x: Tensor, t: Tensor, y: Tensor, drop_label: Tensor | None = None) -> Tensor:
         """Predict (B, C, H, W) from noisy images, timesteps (B,) and labels (B,), hidden where `drop_label` (B,)."""
         if drop_label is not None:
+            if not self.hides_labels and not self.training:
+                refuse_unlabelled(drop_label)
             y = torch.where(drop_label, self.num_classes, y)
         shown = {} if self.class_tokens is None else {"encoder_hidden_states": self.class_tokens(y)[:, None]}
         folded = F.pixel_unshuffle(x, self.patch_size)
