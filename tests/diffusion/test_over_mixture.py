@@ -101,7 +101,7 @@ def test_a_network_of_zeros_says_what_the_mixture_expects(prediction):
     )
     noise = torch.randn_like(images)
     x_t = process.add_noise(images, noise, t)
-    signal, level = (part.view(-1, 1, 1, 1) for part in process.signal_and_noise(t))
+    signal, level = (part.double().view(-1, 1, 1, 1) for part in process.signal_and_noise(t))
     clean = model.expected(x_t / signal, (level / signal).flatten(), labels)
     left = (x_t - signal * clean) / level
     torch.testing.assert_close(model(x_t, t, labels), process.target(clean, left, t))
