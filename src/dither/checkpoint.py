@@ -70,13 +70,18 @@ def write(path: Path, state: Mapping[str, Any], step: int) -> None:
         ) from error
 
 
+def is_complete(path: Path) -> bool:
+    """Whether a state was ever written to the end."""
+    return (path / _MANIFEST).is_file()
+
+
 def read(path: Path) -> dict[str, Any]:
     """The state of a folder, on the CPU.
 
     Raises:
         RunFolderError: the folder is missing, damaged, or not dither's.
     """
-    if not (path / _MANIFEST).is_file():
+    if not is_complete(path):
         raise RunFolderError(
             f"{path} is not a dither checkpoint: it has no {_MANIFEST}.", fix="pass the folder that `save` wrote"
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,12 @@ def save_release(path: Path, tensors: Mapping[str, Tensor], events: Sequence[Eve
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        with suppress(OSError):  # not every system opens folders
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
     except OSError as error:
         raise OutputPathError(f"{path} cannot be written: {error}", fix="give a path you may write") from error
 

@@ -18,6 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from dither.accounting import epsilon_for
 from dither.cli.main import main
+from dither.training import PrivateTraining
 from shortened import TINY
 
 
@@ -233,6 +234,32 @@ def test_a_warm_up_is_released_once_and_paid_for(tmp_path, capsys, kind, name):
     assert certificate["epsilon"] <= 3 and main(["certificate", "check", str(run / "certificate.json")]) == 0
     assert main(["train", f"--resume={run}"]) == 0
     assert (run / "class_statistics.safetensors").read_bytes() == release
+
+
+def test_a_crash_while_the_first_state_is_written_loses_no_release(tmp_path, monkeypatch):
+    def crash(self, path):
+        path.mkdir()
+        (path / "state-00000000-00000000.pt").write_bytes(b"half")
+        raise SystemError("power")
+
+    run = tmp_path / "run"
+    words = [*TINY, "--steps=2", "--epsilon=3", "--warm_up.kind=means", "--warm_up.steps=5", f"--output={run}"]
+    with monkeypatch.context() as patch:
+        patch.setattr(PrivateTraining, "save", crash)
+        with pytest.raises(SystemError):
+            main(["train", *words])
+    release = (run / "class_statistics.safetensors").read_bytes()
+    assert main(["train", f"--resume={run}"]) == 0
+    assert (run / "class_statistics.safetensors").read_bytes() == release
+    ledger = json.loads((run / "certificate.json").read_text())["ledger"]
+    assert ledger[0]["release"] == "class means"
+
+
+def test_settings_that_do_not_go_together_are_refused(tmp_path, failure):
+    assert "guidance" in failure("train", *TINY, "--recipe.guidance=2", "--recipe.label_dropout=0")
+    mixtures = [*TINY, "--warm_up.kind=mixtures"]
+    assert "begins at zero" in failure("train", *mixtures, "--finetune.mode=lora")
+    assert "begins at zero" in failure("train", *mixtures, f"--pretrain.path={tmp_path}")
 
 
 def test_a_warm_up_beyond_the_budget_releases_nothing(tmp_path, failure):

@@ -94,6 +94,13 @@ class RunFolder:
         return self.path / "state"
 
     @property
+    def has_state(self) -> bool:
+        """Whether the private steps began, and a resume finds them."""
+        from dither.checkpoint import is_complete
+
+        return is_complete(self.state)
+
+    @property
     def tensorboard(self) -> Path:
         """The curves."""
         return self.path / "tensorboard"

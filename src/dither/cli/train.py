@@ -69,7 +69,7 @@ def run(words: Sequence[str]) -> int:
     console.print(f"Run folder {folder}", highlight=False, soft_wrap=True)
     if options.seed is not None:
         console.print("A seed makes the noise predictable: this run is NOT PRIVATE.", style="bold red")
-    training = _resume(ready) if ready.folder.state.exists() else _begin(ready, console)
+    training = _resume(ready) if ready.folder.has_state else _begin(ready, console)
     finished = training is not None and _train(ready, training, console)
     if training is not None:
         write_results(ready.folder, ready.model, training)
@@ -116,7 +116,7 @@ def _create(options: Options, console: Console) -> Run:
 def _open(options: Options, console: Console) -> Run:
     assert options.resume is not None
     folder = RunFolder.open(options.resume)
-    if not folder.state.exists() and not folder.beginning.exists():
+    if not folder.has_state and not folder.beginning.exists():
         raise RunFolderError(f"{folder.path} was stopped before its state was saved", fix="start again: dither train")
     data = read_data(options.data, console)
     check_same(folder.images, data)
