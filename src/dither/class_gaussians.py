@@ -26,6 +26,8 @@ from dither.errors import ConfigurationError
 from dither.noise import _CLASS_GAUSSIANS, GaussianNoise, derived_seed
 from dither.releases import (
     LEAST_SHARE,
+    check_counts,
+    check_norms,
     clipped_distances,
     image_shape,
     load_release,
@@ -128,7 +130,9 @@ def release_class_gaussians(
     shape = image_shape(dataset, collate_fn)
     entries = math.prod(shape)
     clip = usual_clip_norm(entries) if clip_norm is None else clip_norm
-    _check(num_classes, rank, clip, entries)
+    check_counts(num_classes=num_classes)
+    check_norms(clip_norm=clip)
+    _check(rank, entries)
     events = Ledger([Event(1.0, noise_multiplier, _PARTS, CLASS_GAUSSIANS)]).events
     noise = GaussianNoise(derived_seed(seed, _CLASS_GAUSSIANS))
 
@@ -204,17 +208,11 @@ def _factors(covariances: Tensor, deviations: Tensor) -> Tensor:
     return factors
 
 
-def _check(num_classes: int, rank: int, clip_norm: float, entries: int) -> None:
-    if num_classes < 1:
-        raise ConfigurationError(f"num_classes must be at least 1; it is {num_classes}.", fix="10")
+def _check(rank: int, entries: int) -> None:
     if entries > _MOST_ENTRIES:
         raise ConfigurationError(
             f"images of {entries} entries have too many second moments.",
-            fix=f"class means, or smaller images or latents: at most {_MOST_ENTRIES} entries",
+            fix=f"class means, mixtures, or smaller images or latents: at most {_MOST_ENTRIES} entries",
         )
     if not 1 <= rank <= entries:
         raise ConfigurationError(f"rank must be from 1 to {entries}, an image's entries; it is {rank}.", fix="60")
-    if not 0.0 < clip_norm < math.inf:
-        raise ConfigurationError(
-            f"clip_norm must be positive and finite; it is {clip_norm}.", fix="about half of an image's norm"
-        )

@@ -19,7 +19,15 @@ from torch import Tensor
 from dither.accounting import CLASS_MEANS, Event, Ledger
 from dither.errors import ConfigurationError
 from dither.noise import _CLASS_MEANS, GaussianNoise, derived_seed
-from dither.releases import LEAST_SHARE, clipped_distances, image_shape, load_release, save_release
+from dither.releases import (
+    LEAST_SHARE,
+    check_counts,
+    check_norms,
+    clipped_distances,
+    image_shape,
+    load_release,
+    save_release,
+)
 from dither.sampling import CollateFunction, PoissonSampler, check_dataset
 
 
@@ -106,7 +114,10 @@ def release_class_means(
         EmptyDatasetError: the dataset has no examples.
     """
     size = check_dataset(dataset)
-    _check(num_classes, clip_norm, draws, sample_rate, count_weight)
+    check_counts(num_classes=num_classes, draws=draws)
+    check_norms(clip_norm=clip_norm, **({} if count_weight is None else {"count_weight": count_weight}))
+    if not 0.0 < sample_rate <= 1.0:
+        raise ConfigurationError(f"sample_rate must be above 0 and at most 1; it is {sample_rate}.", fix="1")
     event = Event(sample_rate, noise_multiplier, draws, CLASS_MEANS)
     events = Ledger([event]).events  # refuses what no ledger takes
     own = derived_seed(seed, _CLASS_MEANS)
@@ -140,16 +151,3 @@ def _sums(
         sums.index_add_(0, labels, moved)
         counts.index_add_(0, labels, torch.ones(len(labels), dtype=torch.float64))
     return sums.view(classes, *shape), counts
-
-
-def _check(num_classes: int, clip_norm: float, draws: int, sample_rate: float, count_weight: float | None) -> None:
-    for name, value in (("num_classes", num_classes), ("draws", draws)):
-        if value < 1:
-            raise ConfigurationError(f"{name} must be at least 1; it is {value}.", fix="10 classes, 1 draw")
-    if not 0.0 < sample_rate <= 1.0:
-        raise ConfigurationError(f"sample_rate must be above 0 and at most 1; it is {sample_rate}.", fix="1")
-    for name, number in (("clip_norm", clip_norm), ("count_weight", count_weight)):
-        if number is not None and not 0.0 < number < math.inf:
-            raise ConfigurationError(
-                f"{name} must be positive and finite; it is {number}.", fix="about half of an image's norm"
-            )

@@ -22,10 +22,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dither.accounting import CLASS_MIXTURES, Event, Ledger
-from dither.errors import ConfigurationError, LedgerError
+from dither.errors import LedgerError
 from dither.noise import _CLASS_MIXTURES, GaussianNoise, derived_seed
 from dither.releases import (
     LEAST_SHARE,
+    check_counts,
+    check_norms,
     clipped_distances,
     image_shape,
     load_release,
@@ -167,7 +169,8 @@ def release_class_mixtures(
     shape = image_shape(dataset, collate_fn)
     entries = math.prod(shape)
     clip = usual_clip_norm(entries) if clip_norm is None else clip_norm
-    _check(num_classes, components, rank, clip)
+    check_counts(num_classes=num_classes, components=components, rank=rank)
+    check_norms(clip_norm=clip)
     events = Ledger([Event(1.0, noise_multiplier, 1, CLASS_MIXTURES)]).events
     noise = _Noise(noise_multiplier, derived_seed(seed, _CLASS_MIXTURES))
     rank, _ = release_sizes(entries, rank)
@@ -439,13 +442,3 @@ def _principal(sums: Tensor, counts: Tensor, multiplier: float, norm: float, axe
     deviation = multiplier * norm**2 / math.sqrt(2) * (own / counts + (1 - own) * math.sqrt(components) / of_class)
     kept = torch.where(values > deviation[..., None] * math.sqrt(rank), values, 0.0)
     return vectors[..., -axes:], kept[..., -axes:]
-
-
-def _check(num_classes: int, components: int, rank: int, clip_norm: float) -> None:
-    for name, value in (("num_classes", num_classes), ("components", components), ("rank", rank)):
-        if value < 1:
-            raise ConfigurationError(f"{name} must be at least 1; it is {value}.", fix="20 components, rank 60")
-    if not 0.0 < clip_norm < math.inf:
-        raise ConfigurationError(
-            f"clip_norm must be positive and finite; it is {clip_norm}.", fix="about half of an image's norm"
-        )

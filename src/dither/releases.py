@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dither.accounting import Event, Ledger
-from dither.errors import LabelError, LedgerError, OutputPathError, RunFolderError
+from dither.errors import ConfigurationError, LabelError, LedgerError, OutputPathError, RunFolderError
 from dither.sampling import CollateFunction, load_batch
 
 LEAST_SHARE = 0.1
@@ -67,6 +67,30 @@ def clipped_distances(
 def usual_clip_norm(entries: int) -> float:
     """A public guess of an image's distance from its middle, for pixels in [-1, 1]: 0.6 root of its entries."""
     return 0.6 * math.sqrt(entries)
+
+
+def check_counts(**counts: int) -> None:
+    """Refuse numbers of things, by name, of which there must be one at least.
+
+    Raises:
+        ConfigurationError: one is below 1.
+    """
+    for name, count in counts.items():
+        if count < 1:
+            raise ConfigurationError(f"{name} must be at least 1; it is {count}.", fix=f"{name}=1 or more")
+
+
+def check_norms(**norms: float) -> None:
+    """Refuse lengths, by name, in the images' unit.
+
+    Raises:
+        ConfigurationError: one is not positive and finite.
+    """
+    for name, norm in norms.items():
+        if not 0.0 < norm < math.inf:
+            raise ConfigurationError(
+                f"{name} must be positive and finite; it is {norm}.", fix="about half of an image's norm"
+            )
 
 
 def check_labels(labels: Tensor, num_classes: int) -> None:
