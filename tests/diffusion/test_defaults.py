@@ -37,7 +37,7 @@ def test_a_u_net_over_mixtures_where_classes_have_images_enough():
     assert all(one.reason for one in choose(60_000, 10, 28, 1, False))
 
 
-@pytest.mark.parametrize("side", range(4, 130))
+@pytest.mark.parametrize("side", [4, 8, 11, 12, 20, 24, 27, 28, 32, 40, 48, 64, 72, 96, 128])
 def test_every_u_net_that_is_chosen_can_be_built(side):
     chosen = _of(60_000, 10, side, 3, False)
     if "unet.patch_size" in chosen:
