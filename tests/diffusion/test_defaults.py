@@ -30,7 +30,10 @@ def test_a_u_net_over_mixtures_where_classes_have_images_enough():
     assert small["unet.patch_size"] == 2 and large["unet.patch_size"] == 4
     strict = _of(60_000, 10, 28, 1, False, epsilon=1.0)
     assert strict["privacy.expected_batch_size"] == 2 * small["privacy.expected_batch_size"]
-    assert _of(2000, 10, 28, 1, False)["warm_up.components"] == 1
+    assert _of(4000, 10, 28, 1, False)["warm_up.components"] == 1
+    assert _of(20_000, 10, 28, 1, False, epsilon=1.0)["warm_up.kind"] == "mixtures"
+    for few in (_of(19_000, 10, 28, 1, False, epsilon=1.0), _of(1900, 10, 28, 1, False)):  # noise would drown them
+        assert few.get("warm_up.kind") != "mixtures" and "model" not in few
     few, latents, odd = _of(900, 10, 28, 1, False), _of(60_000, 10, 16, 4, True), _of(60_000, 10, 27, 1, False)
     for chosen in (few, latents, odd):
         assert "model" not in chosen and chosen.get("warm_up.kind") != "mixtures"

@@ -19,6 +19,9 @@ _SMALL_EPSILON = 3.0
 _ONE_TOKEN = 1024  # entries of an image, up to which one token holds it
 _GAUSSIANS = 4096  # entries, up to which second moments are released
 _FEWEST_OF_A_CLASS, _OF_A_COMPONENT, _MOST_COMPONENTS = 100, 300, 20
+# Images of a class, times epsilon, that a mixture needs: its noise is shared by them. At 6,000 it holds (6,000 images,
+# epsilon 1); at 144 (the digits, epsilon 1) it spoils the model.
+_FOR_A_MIXTURE = 2000.0
 _CELLS = 16  # about the side of what a U-Net sees of an image
 _OF_A_DIT = {f"recipe.{name}" for name in ("model", "patch_size", "hidden_size", "depth", "num_heads")}
 
@@ -99,8 +102,9 @@ def choose(
     """
     data, given = _Data(examples, num_classes, side, channels, latents), given or {}
     over_mixtures = _u_net_over_mixtures(data, epsilon or math.inf, batch)
-    fits = data.side % (2 * _patch(data)) == 0 and not latents and data.of_a_class >= _FEWEST_OF_A_CLASS
-    if fits and epsilon is not None and not public and _agrees(given, over_mixtures):
+    fits = data.side % (2 * _patch(data)) == 0 and not latents
+    enough = data.of_a_class * (epsilon or 0.0) >= _FOR_A_MIXTURE
+    if fits and enough and not public and _agrees(given, over_mixtures):
         chosen = over_mixtures
     elif given.get("model", "dit") == "dit" and not given.get("finetune.from"):
         chosen = _dit(data, epsilon is not None, batch, given)
