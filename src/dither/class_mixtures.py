@@ -11,7 +11,6 @@ Legend: n images of D entries, K classes, M components of a class, L frequencies
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from dither.accounting import CLASS_MIXTURES, Event, Ledger
 from dither.errors import LedgerError
+from dither.frequencies import low_frequencies
 from dither.noise import _CLASS_MIXTURES, GaussianNoise, derived_seed
 from dither.releases import (
     LEAST_SHARE,
@@ -36,8 +36,7 @@ from dither.releases import (
 )
 from dither.sampling import CollateFunction, check_dataset
 
-AXES = 24
-"""Most principal axes of a component."""
+_AXES = 24  # most principal axes of a component
 _FREQUENCIES = 200
 _ROUNDS = 3  # of k-means
 # What each part has of the release's precision, 1 / noise_multiplier^2; all together have 1.
@@ -119,7 +118,7 @@ class ClassMixtures:
 def release_sizes(entries: int, rank: int) -> tuple[int, int]:
     """Directions R and axes A of a release from images of so many entries."""
     directions = min(rank, entries, _FREQUENCIES)
-    return directions, min(directions, AXES)
+    return directions, min(directions, _AXES)
 
 
 def release_class_mixtures(
@@ -173,7 +172,7 @@ def release_class_mixtures(
     check_norms(clip_norm=clip)
     events = Ledger([Event(1.0, noise_multiplier, 1, CLASS_MIXTURES)]).events
     noise = _Noise(noise_multiplier, derived_seed(seed, _CLASS_MIXTURES))
-    rank, _ = release_sizes(entries, rank)
+    rank, number = release_sizes(entries, rank)
     near = _NEAR * clip
 
     frequencies = low_frequencies(shape, _FREQUENCIES)
@@ -197,7 +196,7 @@ def release_class_mixtures(
 
     matrices, outside = _second_moments(along, left, labels, centres, near, noise)
     multiplier = noise.multiplier(_COVARIANCES)
-    axes, variances = _principal(matrices, counts, multiplier, near, release_sizes(entries, rank)[1])
+    axes, variances = _principal(matrices, counts, multiplier, near, number)
     # What is said of the rest errs towards nothing, by the deviation of its noise.
     doubt = multiplier * near**2 * math.sqrt(num_classes * components) / _LEFT_WEIGHT
     per_direction = float(outside.sum() - doubt) / float(counts.sum()) / (entries - rank) if entries > rank else 0.0
@@ -235,32 +234,6 @@ class _Noise:
         self._source.add_([sums], self.multiplier(share) * sensitivity, step=self._parts)
         self._parts += 1
         return sums
-
-
-def low_frequencies(shape: Sequence[int], count: int) -> Tensor:
-    """The lowest `count` cosine waves over images of a shape (..., H, W), in each channel alike: (D, L) orthonormal.
-
-    Of images of no more entries than that, it is all of them in their own coordinates.
-    """
-    entries = math.prod(shape)
-    if entries <= count:
-        return torch.eye(entries, dtype=torch.float64)
-    height, width = (1, *shape)[-2:]
-    channels = entries // (height * width)
-    down, across = _cosines(height), _cosines(width)
-    frequency = (torch.arange(height)[:, None] / height).square() + (torch.arange(width) / width).square()
-    order = frequency.flatten().argsort(stable=True)[: math.ceil(count / channels)]
-    waves = torch.einsum("hk,wk->hwk", down[:, order // width], across[:, order % width]).flatten(0, 1)
-    repeated: Tensor = torch.block_diag(*[waves] * channels)
-    return repeated
-
-
-def _cosines(side: int) -> Tensor:
-    """The orthonormal discrete cosine transform (of type 2), a wave a column: (side, side)."""
-    place, wave = torch.arange(side, dtype=torch.float64), torch.arange(side, dtype=torch.float64)
-    waves = torch.cos(math.pi / side * (place[:, None] + 0.5) * wave) * math.sqrt(2 / side)
-    waves[:, 0] /= math.sqrt(2)
-    return waves
 
 
 def _along(batches: Any, frequencies: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -63,8 +63,9 @@ def begin(
 ) -> tuple[Event, ...] | None:
     """Train on the public data set and on what is released of each class, from where `beginning.pt` stands.
 
-    Guarantee: the release is `dither.class_means`' or `dither.class_gaussians`', and is made once for a run folder;
-    training on it is post-processing, and on public data costs nothing. Whether data is public is not checked.
+    Guarantee: the release is `dither.class_means`', `dither.class_gaussians`' or `dither.class_mixtures`', and is made
+    once for a run folder; training on it is post-processing, and on public data costs nothing. Whether data is public
+    is not checked.
 
     Args:
         options: of the run.
