@@ -110,7 +110,7 @@ def test_steps_after_a_failed_verification_are_not_private(inexact, tmp_path):
     training = make()
     with pytest.raises(errors.CaptureError):
         training.step()
-    training.verify_first_batch = False
+    training.first_batches.wanted = False
     training.step()
     certificate = training.certificate()
     assert certificate["private"] is False and "not exact" in certificate["reasons"][0]

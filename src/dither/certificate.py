@@ -70,7 +70,7 @@ def _verification(training: PrivateTraining) -> dict[str, Any]:
     """What came of comparing the first batch's gradients with autograd's; by how much they differ is not for others."""
     exact = training.verification["exact"]
     if exact is None:
-        status = "not run" if training.verify_first_batch else "turned off"
+        status = "not run" if training.first_batches.wanted else "turned off"
     else:
         status = "exact" if exact else "not exact"
     public = ("exact", "first_step", "tolerance")

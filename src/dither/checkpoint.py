@@ -128,7 +128,7 @@ def state_of(training: PrivateTraining) -> dict[str, Any]:
             "clipping": training.clipping,
             "seed": training.seed,
             "ema_decay": training.ema_decay,
-            "verify_first_batch": training.verify_first_batch,
+            "verify_first_batch": training.first_batches.wanted,
             **training._engine,
         },
         "target_epsilon": training.target_epsilon,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -19,8 +18,8 @@ from dither.accounting import (
     EpsilonCurve,
     Event,
     Ledger,
-    _check_delta,
-    _check_mechanism,
+    check_delta,
+    check_mechanism,
     noise_multiplier_for,
 )
 from dither.capture.declared import follow
@@ -29,8 +28,8 @@ from dither.clipping.clipped_sum import clipped_sum
 from dither.clipping.functions import clipping_function
 from dither.clipping.machine import builtin_rates
 from dither.clipping.plan import check_strategy
-from dither.clipping.verify import RandomState, verify
-from dither.errors import CaptureError, ConfigurationError, LedgerError, LossShapeError
+from dither.errors import ConfigurationError, LedgerError, LossShapeError
+from dither.first_batches import COMPARED, FirstBatches
 from dither.microbatches import MicrobatchSize
 from dither.noise import GaussianNoise, check_seed, torch_seed
 from dither.parameters import trained_parameters
@@ -40,8 +39,6 @@ from dither.tally import Tally
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
 _DEFAULT_EPSILON = 8.0
-_VERIFIED_EXAMPLES = 4
-_VERIFICATIONS = 3
 
 
 class PrivateTraining:
@@ -128,8 +125,8 @@ class PrivateTraining:
         size = check_dataset(dataset)
         self.parameters = trained_parameters(model, optimizer)
         self.sampler = PoissonSampler(size, expected_batch_size, seed=seed)
-        _check_delta(delta)
-        _check_mechanism(self.sampler.sample_rate, 1.0 if noise_multiplier is None else noise_multiplier, steps)
+        check_delta(delta)
+        check_mechanism(self.sampler.sample_rate, 1.0 if noise_multiplier is None else noise_multiplier, steps)
         self.sensitivity = clipping_function(clipping, max_grad_norm).sensitivity
         check_strategy(strategy)
         if ema_decay is not None and not 0.0 <= ema_decay < 1.0:
@@ -155,11 +152,10 @@ class PrivateTraining:
             "memory_budget": memory_budget,
             "rows_per_example": rows_per_example,
         }
-        self._microbatch_size, self.verify_first_batch = microbatch_size, verify_first_batch
+        self._microbatch_size = microbatch_size
+        self.first_batches = FirstBatches(verify_first_batch, self._device)
         self.ledger = Ledger(self.prior)
         self.resumed = 0
-        self.verification: dict[str, Any] = {"exact": None}  # of the last time it ran, also before a resume
-        self._verifications_left = _VERIFICATIONS
         self.ema: dict[str, Tensor] | None = None
         if ema_decay is not None:
             self.ema = {name: p.detach().clone() for name, p in self.parameters.items()}
@@ -174,6 +170,11 @@ class PrivateTraining:
     def index(self) -> int:
         """Number of completed steps: the gradient steps that the ledger holds."""
         return self.ledger.steps
+
+    @property
+    def verification(self) -> dict[str, Any]:
+        """What came of comparing gradients with plain autograd's, the last time it ran, also before a resume."""
+        return self.first_batches.found
 
     @property
     def planned_epsilon(self) -> float:
@@ -256,9 +257,9 @@ class PrivateTraining:
                     fix="return one loss per example of the batch; average several rows of one example first",
                 )
             assert result.sensitivity == self.sensitivity
-            if self.verify_first_batch and self._verifications_left and not tally.verified:
+            if self.first_batches.due and not tally.verified:
                 # After the sum, which knows the examples that cannot be compared; before anything is released.
-                tally.verified = self._verify(chosen[result.norms.isfinite().cpu().numpy()][:_VERIFIED_EXAMPLES])
+                tally.verified = self._verify(chosen[result.norms.isfinite().cpu().numpy()][:COMPARED])
             tally.add(result, len(chosen), self.max_grad_norm)
         return tally
 
@@ -270,30 +271,9 @@ class PrivateTraining:
         """
         if not len(chosen):
             return False
-        state = RandomState([self._device])
-        try:
-            batch = load_batch(self._dataset, chosen, self._collate_fn)
-            report = verify(self.model, lambda: self._loss_fn(self.model, batch), (self._engine["strategy"],))
-        finally:
-            state.restore()
-        self.verification = {
-            "exact": report.exact,
-            "max_relative_error": min(report.max_relative_error, sys.float_info.max),  # JSON knows no infinity
-            "examples": len(chosen),
-            "first_step": self.index,
-        }
-        if not report.exact:
-            raise CaptureError(
-                f"The recorded per-example gradients differ from autograd's by {report.max_relative_error:.2e} "
-                f"relative on the first {len(chosen)} examples.\n{report}",
-                fix="report this model to dither; if the loss draws its own random numbers, draw them from torch",
-            )
-        self.verification |= {
-            "tolerance": report.tolerance,
-            "parameters": len(report.errors),
-            "parameters_without_gradient": len(report.unused) + len(report.zero),
-        }
-        self._verifications_left = self._verifications_left - 1 if report.zero else 0
+        batch = load_batch(self._dataset, chosen, self._collate_fn)
+        losses = partial(self._loss_fn, self.model, batch)
+        self.first_batches.compare(self.model, losses, len(chosen), self._engine["strategy"], self.index)
         return True
 
     def _update_ema(self) -> None:
@@ -357,7 +337,7 @@ class PrivateTraining:
         Raises:
             OutputPathError: it cannot be written.
         """
-        state = {**checkpoint.state_of(self), "verification": self.verification}
+        state = {**checkpoint.state_of(self), "verification": self.first_batches.found}
         checkpoint.write(Path(path), state, self.index)
 
     @classmethod
@@ -403,5 +383,5 @@ class PrivateTraining:
             }
             training = cls(model, optimizer, dataset, loss_fn, scheduler=scheduler, collate_fn=collate_fn, **settings)
             checkpoint.restore(training, state, Path(path))
-            training.verification = dict(state.get("verification", training.verification))
+            training.first_batches.found = dict(state.get("verification", training.first_batches.found))
         return training

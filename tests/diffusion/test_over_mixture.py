@@ -8,13 +8,13 @@ from denoisers import perturbed
 from torch import nn
 
 import dither
-from dither.class_mixtures import ClassMixtures, release_class_mixtures, release_sizes
 from dither.diffusion.dit import dit
 from dither.diffusion.loss import DiffusionLoss
 from dither.diffusion.over_mixture import OverMixture
 from dither.diffusion.process import Process
 from dither.diffusion.sampling import sample
 from dither.errors import ConfigurationError
+from dither.release.class_mixtures import ClassMixtures, release_class_mixtures, release_sizes
 from oracle import clipped_sum as oracle_sum
 from oracle import per_example_gradients, relative_error
 

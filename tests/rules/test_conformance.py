@@ -52,8 +52,34 @@ def test_rule(name, dtype):
         assert result.sensitivity == bound
 
 
+@pytest.mark.parametrize(
+    "limits",
+    [
+        {"_WORTH_GROUPS": -1, "_WORTH_A_CALL": 1 << 30},
+        {"_WORTH_GROUPS": -1, "_WORTH_A_CALL": -1},
+        {"_WORTH_GROUPS": 1 << 30, "_WORTH_A_CALL": -1, "_AT_ONCE": 700},  # a few examples, and the rest
+    ],
+    ids=["by patches", "an example at a time", "examples as groups"],
+)
 @pytest.mark.parametrize("name", [name for name in CASES if name.startswith("conv")])
-def test_convolutions_one_example_at_a_time_inside_the_rule(name, dtype, monkeypatch):
-    """As large convolutions are taken: torch's own weight gradient of each example's maps."""
-    monkeypatch.setattr(conv, "_WORTH_A_CALL", -1)
+def test_convolutions_of_any_size(name, limits, dtype, monkeypatch):
+    """As larger convolutions are taken."""
+    for limit, value in limits.items():
+        monkeypatch.setattr(conv, limit, value)
     test_rule(name, dtype)
+
+
+def test_small_convolutions_take_examples_as_groups(monkeypatch):
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("without oneDNN they would be slow")
+    asked = []
+    before = conv.ConvWeight._weight_gradient
+
+    def watched(self, use, wide, narrow, times=1):
+        asked.append(times)
+        return before(self, use, wide, narrow, times)
+
+    monkeypatch.setattr(conv.ConvWeight, "_weight_gradient", watched)
+    model, x = torch.nn.Conv2d(4, 8, 3), torch.randn(5, 4, 9, 9)
+    dither.per_example_gradients(model, lambda: model(x).square().flatten(1).sum(1))
+    assert set(asked) == {5}

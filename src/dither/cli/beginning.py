@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.console import Console
 
-from dither.class_mixtures import ClassMixtures
 from dither.cli.interrupts import StopRequest
 from dither.cli.public import PUBLIC, add_facts
 from dither.cli.public_data import public_facts, public_training, read_public
 from dither.cli.warm_up import release, warm_up_training
 from dither.diffusion.over_mixture import OverMixture
 from dither.errors import RunFolderError
+from dither.release import ClassMixtures
 
 if TYPE_CHECKING:
     from torch import nn
@@ -63,9 +63,8 @@ def begin(
 ) -> tuple[Event, ...] | None:
     """Train on the public data set and on what is released of each class, from where `beginning.pt` stands.
 
-    Guarantee: the release is `dither.class_means`', `dither.class_gaussians`' or `dither.class_mixtures`', and is made
-    once for a run folder; training on it is post-processing, and on public data costs nothing. Whether data is public
-    is not checked.
+    Guarantee: the release is one of `dither.release`, and is made once for a run folder; training on it is
+    post-processing, and on public data costs nothing. Whether data is public is not checked.
 
     Args:
         options: of the run.

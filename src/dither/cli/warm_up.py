@@ -15,11 +15,9 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from dither.accounting import Event
-    from dither.class_gaussians import ClassGaussians
-    from dither.class_means import ClassMeans
-    from dither.class_mixtures import ClassMixtures
     from dither.data import ImageData
     from dither.diffusion.ordinary_training import LabelledImages, OrdinaryTraining
+    from dither.release import ClassGaussians, ClassMeans, ClassMixtures
 
     Released = ClassMeans | ClassGaussians | ClassMixtures
 
@@ -69,11 +67,16 @@ def release(options: Options, folder: RunFolder, data: ImageData, console: Conso
         data: the private images.
         console: says what is done.
     """
-    from dither.class_gaussians import ClassGaussians, release_class_gaussians
-    from dither.class_means import ClassMeans, release_class_means
-    from dither.class_mixtures import ClassMixtures, release_class_mixtures
     from dither.diffusion.grid import save_grid
-    from dither.releases import usual_clip_norm
+    from dither.release import (
+        ClassGaussians,
+        ClassMeans,
+        ClassMixtures,
+        release_class_gaussians,
+        release_class_means,
+        release_class_mixtures,
+    )
+    from dither.release.reading import usual_clip_norm
 
     chosen, images, file = options.warm_up, folder.images, folder.class_statistics
     entries = images.in_channels * images.input_size**2
@@ -115,9 +118,9 @@ def warm_up_training(
     options: Options, folder: RunFolder, model: nn.Module, released: ClassMeans | ClassGaussians
 ) -> OrdinaryTraining:
     """The steps on what was released: of the parameters that the private steps train."""
-    from dither.class_means import ClassMeans
     from dither.diffusion.ordinary_training import OrdinaryTraining
     from dither.diffusion.recipe import build_loss
+    from dither.release import ClassMeans
 
     images, chosen = folder.images, options.warm_up
     limits = None if images.latents is not None else _PIXELS

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from dither.class_mixtures import release_sizes
 from dither.errors import ConfigurationError
+from dither.release import release_sizes
 
 if TYPE_CHECKING:
-    from dither.class_mixtures import ClassMixtures
     from dither.diffusion.process import Process
+    from dither.release import ClassMixtures
 
 
 _LEAST = 1e-4

@@ -25,9 +25,15 @@ from dither.rules.rule import Cost, Rule, cancels, register_rule, squared_rows
 
 _NATIVE = (torch.float32, torch.float64)
 
+# How per-example gradients are formed, measured on one and two cores over 35 convolutions, each against the other ways.
 _WORTH_A_CALL = 1024
 """Values in an example's patches for each of the weight's first channels beyond which torch's own weight gradient,
-called once for each example, is faster than writing the patches. Measured on two cores over twelve convolutions."""
+called once for each example, is faster than writing the patches."""
+_WORTH_GROUPS = 512
+"""Entries of the weight for each position below which examples are best made groups of one convolution, if taps
+overlap: oneDNN then takes as long as for the ordinary weight gradient, where patches take several times that."""
+_AT_ONCE = 1 << 18
+"""Entries of per-example gradients that one call forms, so that they are still in the cache when they are read."""
 
 
 def _patches(wide: Tensor, taps: torch.Size, stride: list[int], dilation: list[int]) -> Tensor:
@@ -111,46 +117,63 @@ class ConvWeight(Rule):
 
     def per_example_gradient(self, use: ParamUse, grad_output: Tensor, out: Tensor | None = None) -> Tensor:
         """Shape (B, O, C/groups, *taps)."""
-        maps = self._maps_by_example(use, grad_output)
-        if maps is None:
+        examples = self._examples_at_once(use, grad_output)
+        if examples is None:
             x, g = self._rows(use, grad_output)
             rows = None if out is None or out.dtype != g.dtype else out.view(len(g), g.shape[2], x.shape[2])
             return outer_gradient(x, g, rows).reshape(use.batch, *use.parameter.shape)
         if out is None or out.dtype != grad_output.dtype:
             out = grad_output.new_empty(use.batch, *use.parameter.shape)
-        for row, (wide, narrow) in zip(out, maps, strict=True):
-            row.copy_(self._weight_gradient(use, wide, narrow))
+        formed = self._weight_gradients(use, grad_output, examples)
+        for rows, gradients in zip(out.split(examples), formed, strict=True):
+            rows.copy_(gradients)
         return out
 
-    def _maps_by_example(self, use: ParamUse, grad_output: Tensor) -> Iterator[tuple[Tensor, Tensor]] | None:
-        """Each example's maps, for torch's own weight gradient: it writes no patches, which pays where there is work.
+    def _examples_at_once(self, use: ParamUse, grad_output: Tensor) -> int | None:
+        """How many examples' gradients a call of torch's own weight gradient is to form: it writes no patches.
 
         None where patches are better, or have to be taken.
         """
         layout, x, (channels, *window) = use.examples, use.operand("input"), use.parameter.shape
         positions = math.prod(self._positions(use)[2:]) * layout.inner * layout.outer
         regular = isinstance(layout, ExampleAxis) and layout.axis == 0 and layout.outer == 1
-        precise = x.dtype == grad_output.dtype and x.dtype in (torch.float32, torch.float64)
-        if not layout.batch or not regular or not precise or positions * math.prod(window) <= _WORTH_A_CALL * channels:
+        if not layout.batch or not regular or x.dtype != grad_output.dtype or x.dtype not in _NATIVE:
             return None
-        wide, narrow = self._maps(use, grad_output)
-        return zip(wide.split(layout.inner), narrow.split(layout.inner), strict=True)
+        stride, _, _, _ = self._options(use)
+        overlap = any(step < tap for step, tap in zip(stride, window[1:], strict=True))
+        grouped = x.dtype == torch.float32 and x.device.type == "cpu" and torch.backends.mkldnn.is_available()
+        if grouped and overlap and use.parameter.numel() <= _WORTH_GROUPS * positions:
+            return min(layout.batch, max(1, _AT_ONCE // use.parameter.numel()))
+        return 1 if positions * math.prod(window) > _WORTH_A_CALL * channels else None
 
-    def _weight_gradient(self, use: ParamUse, wide: Tensor, narrow: Tensor) -> Tensor:
-        """The ordinary weight gradient, summed over all maps."""
+    def _weight_gradients(self, use: ParamUse, grad_output: Tensor, examples: int) -> Iterator[Tensor]:
+        """Per-example gradients (b, *shape), of so many examples at a time: each is a group of one convolution."""
+        inner, both = use.examples.inner, self._maps(use, grad_output)
+        for wide, narrow in zip(*(maps.split(examples * inner) for maps in both), strict=True):
+            count = len(wide) // inner
+            # (b * inner, C, *space) to (inner, b * C, *space)
+            wide, narrow = (m.unflatten(0, (count, inner)).transpose(0, 1).flatten(1, 2) for m in (wide, narrow))
+            yield self._weight_gradient(use, wide, narrow, count).unflatten(0, (count, -1))
+
+    def _weight_gradient(self, use: ParamUse, wide: Tensor, narrow: Tensor, times: int = 1) -> Tensor:
+        """The ordinary weight gradient, summed over all maps; of so many times the channels and groups."""
         stride, _, dilation, groups = self._options(use)
-        weight, zeros = use.operand("weight"), [0] * self.dims
+        channels, *window = use.parameter.shape
+        weight: Tensor = use.operand("weight").to(narrow.dtype)
+        if times > 1:  # its shape is asked for, not its values
+            weight = weight.new_empty(()).expand(times * channels, *window)
+        zeros = [0] * self.dims
         gradients: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.convolution_backward(
             narrow,
             wide.to(narrow.dtype),
-            weight.to(narrow.dtype),
+            weight,
             None,
             stride,
             zeros,
             dilation,
             False,
             zeros,
-            groups,
+            times * groups,
             [False, True, False],
         )
         return gradients[1]
@@ -165,13 +188,13 @@ class ConvWeight(Rule):
         return self._norm(use, grad_output, ghost=True)
 
     def tile_squared_norm(self, use: ParamUse, grad_output: Tensor) -> Tensor | None:
-        """Norm in tiles of output channels, or of one example at a time; on a GPU without writing patches."""
+        """Norm in tiles of output channels, or of some examples at a time; on a GPU without writing patches."""
         squares = self._in_kernel(use, grad_output) if kernels.serve(grad_output) else None
         if squares is None:
-            maps = self._maps_by_example(use, grad_output)
-            if maps is None:
+            examples = self._examples_at_once(use, grad_output)
+            if examples is None:
                 return self._norm(use, grad_output, ghost=False)
-            squares = torch.cat([squared_rows(self._weight_gradient(use, *both).unsqueeze(0)) for both in maps])
+            squares = torch.cat([squared_rows(rows) for rows in self._weight_gradients(use, grad_output, examples)])
         # Every entry of a map is in as many patches as there are taps, at most.
         x, g = (squared_rows(use.examples.split(t)).double() for t in self._unpadded(use, grad_output))
         return None if cancels(squares, x * g * use.parameter.shape[2:].numel(), grad_output.dtype) else squares

@@ -8,18 +8,17 @@ import pytest
 import torch
 from torch.utils.data import TensorDataset
 
-from dither import class_mixtures
 from dither.accounting import CLASS_MIXTURES, Event
-from dither.class_mixtures import (
+from dither.errors import ConfigurationError, LabelError, LedgerError
+from dither.release import class_mixtures
+from dither.release.class_mixtures import (
     ClassMixtures,
-    _clipped,
-    _covariances,
-    _sums,
     release_class_mixtures,
     release_sizes,
 )
-from dither.errors import ConfigurationError, LabelError, LedgerError
-from dither.frequencies import low_frequencies
+from dither.release.covariances import group_moments
+from dither.release.frequencies import low_frequencies
+from dither.release.points import clipped, group_sums
 
 K = 4
 
@@ -36,10 +35,10 @@ def test_one_example_moves_each_sum_by_at_most_its_sensitivity(size):
     rest = torch.arange(40) != 7
     moved, bounds = [], []
     for statistic, bound in (
-        (lambda *of: _clipped(of[0], 2.0).sum(0), 2.0),
-        (lambda *of: _clipped(of[0], 2.0).T @ _clipped(of[0], 2.0), 4.0),
-        (lambda *of: _sums(of[0], of[1], K, 2.0), 2.0 * math.hypot(1, 0.5)),
-        (lambda *of: _covariances(of[0], of[2], of[1], K, 2.0), 4.0 * math.hypot(1, 0.02 * 4)),
+        (lambda *of: clipped(of[0], 2.0).sum(0), 2.0),
+        (lambda *of: clipped(of[0], 2.0).T @ clipped(of[0], 2.0), 4.0),
+        (lambda *of: group_sums(of[0], of[1], K, 2.0), 2.0 * math.hypot(1, 0.5)),
+        (lambda *of: group_moments(of[0], of[2], of[1], K, 2.0), 4.0 * math.hypot(1, 0.02 * 4)),
     ):
         all_of_them, without = statistic(points, groups, left), statistic(points[rest], groups[rest], left[rest])
         moved.append(float((all_of_them - without).norm()))
@@ -52,14 +51,14 @@ def test_one_example_moves_each_sum_by_at_most_its_sensitivity(size):
 def test_every_sum_gets_noise_and_together_they_cost_one_mechanism(monkeypatch):
     drawn = []
 
-    class Watched(class_mixtures._Noise):
+    class Watched(class_mixtures.SharedNoise):
         def added(self, sums, sensitivity, share):
             before = sums.clone()
             after = super().added(sums, sensitivity, share)
             drawn.append((share, float((after - before).std()) / sensitivity * math.sqrt(share)))
             return after
 
-    monkeypatch.setattr(class_mixtures, "_Noise", Watched)
+    monkeypatch.setattr(class_mixtures, "SharedNoise", Watched)
     data = TensorDataset(torch.randn(400, 1, 28, 28).clamp(-1, 1), torch.arange(400) % 10)
     release_class_mixtures(data, num_classes=10, noise_multiplier=3.0, components=2, rank=30)
     assert len(drawn) == 7 and sum(share for share, _ in drawn) == pytest.approx(1.0)
@@ -72,13 +71,13 @@ def test_one_example_moves_no_sum_by_more_than_the_noise_is_for(size, monkeypatc
     """Two runs on neighbours, the second with what the first released: only the sums before the noise differ."""
     first, moved = [], []
 
-    class First(class_mixtures._Noise):
+    class First(class_mixtures.SharedNoise):
         def added(self, sums, sensitivity, share):
             before = sums.clone()
             first.append((before, super().added(sums, sensitivity, share).clone()))
             return sums
 
-    class Second(class_mixtures._Noise):
+    class Second(class_mixtures.SharedNoise):
         def added(self, sums, sensitivity, share):
             before, released = first[len(moved)]
             moved.append(float((sums - before).norm()) / sensitivity)
@@ -89,7 +88,7 @@ def test_one_example_moves_no_sum_by_more_than_the_noise_is_for(size, monkeypatc
     without = images.clone()
     without[7] = math.nan  # left out, while the number of examples stays as it is: it is public
     for noise, of in ((First, images), (Second, without)):
-        monkeypatch.setattr(class_mixtures, "_Noise", noise)
+        monkeypatch.setattr(class_mixtures, "SharedNoise", noise)
         data = TensorDataset(of, labels)
         # All 200 directions: along fewer, a large example may well be a small one.
         release_class_mixtures(data, num_classes=3, noise_multiplier=0.5, components=4, rank=200)
@@ -99,7 +98,7 @@ def test_one_example_moves_no_sum_by_more_than_the_noise_is_for(size, monkeypatc
 
 
 def test_parts_beyond_the_whole_are_refused():
-    noise = class_mixtures._Noise(1.0, None)
+    noise = class_mixtures.SharedNoise(1.0, None)
     noise.added(torch.zeros(3), 1.0, 0.7)
     with pytest.raises(LedgerError):
         noise.added(torch.zeros(3), 1.0, 0.4)

@@ -11,8 +11,8 @@ from torch.utils.data import TensorDataset
 
 import dither
 from dither.accounting import CLASS_MEANS, Event, Ledger, noise_multiplier_for
-from dither.class_means import ClassMeans, _sums, release_class_means
 from dither.errors import BudgetError, ConfigurationError, LabelError, LedgerError, RunFolderError
+from dither.release.class_means import ClassMeans, _sums, release_class_means
 
 
 def _data(n: int = 40, classes: int = 4) -> TensorDataset:

@@ -10,7 +10,8 @@ import torch
 from torch.utils.data import TensorDataset
 
 from dither.accounting import CLASS_GAUSSIANS, Event
-from dither.class_gaussians import (
+from dither.errors import ConfigurationError, LabelError, LedgerError
+from dither.release.class_gaussians import (
     ClassGaussians,
     _class_moments,
     _factors,
@@ -18,8 +19,7 @@ from dither.class_gaussians import (
     _sums,
     release_class_gaussians,
 )
-from dither.errors import ConfigurationError, LabelError, LedgerError
-from dither.releases import clipped_distances
+from dither.release.reading import clipped_distances
 
 K, D, CLIP, WEIGHT = 4, 9, 2.0, 1.0
 

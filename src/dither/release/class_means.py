@@ -19,15 +19,8 @@ from torch import Tensor
 from dither.accounting import CLASS_MEANS, Event, Ledger
 from dither.errors import ConfigurationError
 from dither.noise import _CLASS_MEANS, GaussianNoise, derived_seed
-from dither.releases import (
-    LEAST_SHARE,
-    check_counts,
-    check_norms,
-    clipped_distances,
-    image_shape,
-    load_release,
-    save_release,
-)
+from dither.release.file import load_release, save_release
+from dither.release.reading import LEAST_SHARE, check_counts, check_norms, clipped_distances, image_shape
 from dither.sampling import CollateFunction, PoissonSampler, check_dataset
 
 

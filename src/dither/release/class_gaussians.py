@@ -3,7 +3,7 @@
 Images drawn from it are post-processing, so a model may be trained on any number of them at no cost; what noisy
 gradients then have left to learn is what a Gaussian lacks. Covariances are noised as in Dwork et al. 2014, "Analyze
 Gauss: Optimal Bounds for Privacy-Preserving Principal Component Analysis", algorithm 1; the idea of a released
-beginning is DP-FETA's (`dither.class_means`).
+beginning is DP-FETA's (`dither.release.class_means`).
 
 Legend: K classes, D entries of an image, R directions.
 """
@@ -24,14 +24,13 @@ from torch import Tensor
 from dither.accounting import CLASS_GAUSSIANS, Event, Ledger
 from dither.errors import ConfigurationError
 from dither.noise import _CLASS_GAUSSIANS, GaussianNoise, derived_seed
-from dither.releases import (
+from dither.release.file import load_release, save_release
+from dither.release.reading import (
     LEAST_SHARE,
     check_counts,
     check_norms,
     clipped_distances,
     image_shape,
-    load_release,
-    save_release,
     usual_clip_norm,
 )
 from dither.sampling import CollateFunction, check_dataset
