@@ -290,10 +290,20 @@ def test_optimizers_that_would_escape_the_mechanism_are_refused():
 
 
 def test_verification_does_not_disturb_the_run():
+    def augmented(examples):  # in the reading, as in the training: random numbers of both go on as without
+        batch = torch.utils.data.default_collate(examples)
+        return [batch[0] + torch.rand_like(batch[0]), *batch[1:]]
+
     def run(verify_first_batch):
         net = model()
         torch.manual_seed(5)
-        training = make(net, noise_multiplier=1e-9, verify_first_batch=verify_first_batch)
+        training = make(
+            net,
+            noise_multiplier=1e-9,
+            verify_first_batch=verify_first_batch,
+            collate_fn=augmented,
+            microbatch_size=3,
+        )
         training.sampler.draw = lambda step: np.arange(6)
         training.step()
         return weights(net), torch.rand(3)

@@ -35,12 +35,14 @@ class FirstBatches:
         """Whether this batch is to be compared."""
         return self.wanted and self._left > 0
 
-    def compare(self, model: nn.Module, losses: Callable[[], Tensor], examples: int, strategy: str, step: int) -> None:
-        """Compare the gradients of these examples with plain autograd's.
+    def compare(
+        self, model: nn.Module, load: Callable[[], Callable[[], Tensor]], examples: int, strategy: str, step: int
+    ) -> None:
+        """Compare the gradients of these examples with plain autograd's; random numbers go on as if nothing was drawn.
 
         Args:
             model: what is trained.
-            losses: of so many examples, (b,).
+            load: reads so many examples, and gives what computes their losses (b,).
             examples: b.
             strategy: that the run sums with.
             step: completed before.
@@ -50,7 +52,7 @@ class FirstBatches:
         """
         state = RandomState([self._device])
         try:
-            report = verify(model, losses, (strategy,))
+            report = verify(model, load(), (strategy,))
         finally:
             state.restore()
         self.found = {

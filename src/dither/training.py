@@ -18,10 +18,9 @@ from dither.accounting import (
     EpsilonCurve,
     Event,
     Ledger,
-    check_delta,
-    check_mechanism,
     noise_multiplier_for,
 )
+from dither.accounting.events import check_delta, check_mechanism
 from dither.capture.declared import follow
 from dither.certificate import certificate
 from dither.clipping.clipped_sum import clipped_sum
@@ -271,9 +270,11 @@ class PrivateTraining:
         """
         if not len(chosen):
             return False
-        batch = load_batch(self._dataset, chosen, self._collate_fn)
-        losses = partial(self._loss_fn, self.model, batch)
-        self.first_batches.compare(self.model, losses, len(chosen), self._engine["strategy"], self.index)
+
+        def losses_of_a_batch() -> Callable[[], Tensor]:
+            return partial(self._loss_fn, self.model, load_batch(self._dataset, chosen, self._collate_fn))
+
+        self.first_batches.compare(self.model, losses_of_a_batch, len(chosen), self._engine["strategy"], self.index)
         return True
 
     def _update_ema(self) -> None:

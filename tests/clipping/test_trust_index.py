@@ -111,7 +111,7 @@ PUBLISHED: dict[str, tuple[str, ...]] = {
         "test_training.py::test_the_certificate_says_what_holds",
         "test_sampling.py::test_each_example_enters_independently_at_the_rate",
     ),
-    "accountant numerics (cross-check PLD, PRV, RDP)": ("test_accounting.py::test_other_accountants_agree",),
+    "accountant numerics (cross-check PLD, PRV, RDP)": ("accounting/test_accounting.py::test_other_accountants_agree",),
     "label histogram of private data used at synthesis": (
         "cli/test_sample.py::test_the_histogram_of_the_private_labels_is_in_nothing_that_is_drawn",
     ),

@@ -30,6 +30,8 @@ case(
     lambda: nn.Conv2d(4, 6, 3),
     lambda: torch.randn(B, 4, 6, 6).to(memory_format=torch.channels_last),
 )
+case("conv2d, strided groups", lambda: nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=2), normal(B, 4, 7, 6))
+case("conv2d, k rows of groups", lambda: Frames(nn.Conv2d(4, 6, 3, groups=2)), normal(B, 3, 4, 6, 6))
 case("conv2d, k rows", lambda: Frames(nn.Conv2d(3, 4, 3)), normal(B, 3, 3, 6, 6))
 
 

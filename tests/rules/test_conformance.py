@@ -57,7 +57,7 @@ def test_rule(name, dtype):
     [
         {"_WORTH_GROUPS": -1, "_WORTH_A_CALL": 1 << 30},
         {"_WORTH_GROUPS": -1, "_WORTH_A_CALL": -1},
-        {"_WORTH_GROUPS": 1 << 30, "_WORTH_A_CALL": -1, "_AT_ONCE": 700},  # a few examples, and the rest
+        {"_WORTH_GROUPS": 1 << 30, "_WORTH_A_CALL": -1, "_AT_ONCE": 3000},  # a few examples, and the rest
     ],
     ids=["by patches", "an example at a time", "examples as groups"],
 )

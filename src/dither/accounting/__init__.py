@@ -1,6 +1,7 @@
 """Accounting: the ledger of what was released, its epsilon, and calibration.
 
-Neighbouring relation throughout: add or remove one example.
+Neighbouring relation throughout: add or remove one example. Epsilon comes from privacy loss distributions, discretised
+pessimistically (`dither.accounting.loss_distribution`): every epsilon here is an upper bound.
 """
 
 from dither.accounting.calibration import epsilon_for, noise_multiplier_for, steps_for
@@ -12,8 +13,6 @@ from dither.accounting.events import (
     NEIGHBOURING_RELATION,
     RELEASES,
     Event,
-    check_delta,
-    check_mechanism,
 )
 from dither.accounting.ledger import EpsilonCurve, Ledger
 from dither.accounting.loss_distribution import accountant_name
@@ -29,8 +28,6 @@ __all__ = [
     "Event",
     "Ledger",
     "accountant_name",
-    "check_delta",
-    "check_mechanism",
     "epsilon_for",
     "noise_multiplier_for",
     "steps_for",

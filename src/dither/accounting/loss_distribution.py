@@ -68,7 +68,10 @@ def _without_sampling(events: tuple[Event, ...], delta: float) -> float:
 
 
 def _central_limit(events: tuple[Event, ...], delta: float) -> float:
-    """Roughly epsilon (Bu et al. 2020, Gaussian differential privacy); not a bound, sets only the discretisation."""
+    """Roughly epsilon (Bu et al. 2020, Gaussian differential privacy), not a bound.
+
+    It sets the discretisation, and says what is meaningless.
+    """
     squared = sum(
         event.count * event.sampling_probability**2 * math.expm1(min(event.noise_multiplier**-2, 100.0))
         for event in events

@@ -75,8 +75,8 @@ def release(options: Options, folder: RunFolder, data: ImageData, console: Conso
         release_class_gaussians,
         release_class_means,
         release_class_mixtures,
+        usual_clip_norm,
     )
-    from dither.release.reading import usual_clip_norm
 
     chosen, images, file = options.warm_up, folder.images, folder.class_statistics
     entries = images.in_channels * images.input_size**2

@@ -3,6 +3,7 @@
 from dither.release.class_gaussians import ClassGaussians, release_class_gaussians
 from dither.release.class_means import ClassMeans, release_class_means
 from dither.release.class_mixtures import ClassMixtures, release_class_mixtures, release_sizes
+from dither.release.reading import usual_clip_norm
 
 __all__ = [
     "ClassGaussians",
@@ -12,4 +13,5 @@ __all__ = [
     "release_class_means",
     "release_class_mixtures",
     "release_sizes",
+    "usual_clip_norm",
 ]

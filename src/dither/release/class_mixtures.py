@@ -34,7 +34,7 @@ from dither.release.reading import (
     image_shape,
     usual_clip_norm,
 )
-from dither.release.shared_noise import CLASSES, COVARIANCES, DIRECTIONS, MIDDLE, SharedNoise
+from dither.release.shared_noise import CLASSES_SHARE, COVARIANCES_SHARE, DIRECTIONS_SHARE, MIDDLE_SHARE, SharedNoise
 from dither.sampling import CollateFunction, check_dataset
 
 _AXES = 24  # most principal axes of a component
@@ -169,22 +169,22 @@ def release_class_mixtures(
     read = clipped_distances(dataset, np.arange(size), middles, _FARTHEST * clip, collate_fn)
     points, labels, left = _along(read, frequencies)
 
-    middle = noise.added(total(points, clip), clip, MIDDLE) / size
+    middle = noise.added(total(points, clip), clip, MIDDLE_SHARE) / size
     points -= middle
-    values, vectors = eigen(noise.added(moments(points, near), near**2, DIRECTIONS) / size)
+    values, vectors = eigen(noise.added(moments(points, near), near**2, DIRECTIONS_SHARE) / size)
     found, spread = vectors[:, -rank:], values[-rank:].clamp(min=(_LEAST_SPREAD * near) ** 2).sqrt() / _NEAR
     along = points @ found
     left += squared_lengths(points) - squared_lengths(along)
     del points
 
-    sums = noise.added(group_sums(along, labels, num_classes, clip), math.hypot(1, COUNT_WEIGHT) * clip, CLASSES)
+    sums = noise.added(group_sums(along, labels, num_classes, clip), math.hypot(1, COUNT_WEIGHT) * clip, CLASSES_SHARE)
     counts = counts_of(sums, clip).clamp(min=LEAST_SHARE * size / num_classes)
     start = sums[:, None, :-1] / counts[:, None, None]
     least = 0.2 * size / (num_classes * components)
     centres, counts = clusters(along, labels, start, components, least, near, spread, noise)
 
     matrices, outside = second_moments(along, left, labels, centres, near, noise)
-    multiplier = noise.multiplier(COVARIANCES)
+    multiplier = noise.multiplier(COVARIANCES_SHARE)
     axes, variances = principal_axes(matrices, counts, multiplier, near, number)
     # What is said of the rest errs towards nothing, by the deviation of its noise.
     doubt = multiplier * near**2 * math.sqrt(num_classes * components) / LEFT_WEIGHT

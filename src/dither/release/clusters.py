@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dither.release.points import COUNT_WEIGHT, counts_of, group_sums
-from dither.release.shared_noise import ROUND, ROUNDS, SharedNoise
+from dither.release.shared_noise import ROUND_SHARE, ROUNDS, SharedNoise
 
 _EXACTLY = "donot_use_mm_for_euclid_dist"  # a distance does not depend on which points are beside it
 
@@ -61,7 +61,7 @@ def clusters(
         nearest = nearest_centres(points, labels, centres)
         moved = points - centres[labels, nearest]
         sums = group_sums(moved, labels * components + nearest, classes * components, norm)
-        sums = noise.added(sums, math.hypot(1, COUNT_WEIGHT) * norm, ROUND).view(classes, components, rank + 1)
+        sums = noise.added(sums, math.hypot(1, COUNT_WEIGHT) * norm, ROUND_SHARE).view(classes, components, rank + 1)
         counts = counts_of(sums, norm)
         centres = centres + sums[..., :-1] / counts.clamp(min=least)[..., None]
         if turn < ROUNDS - 1:

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from dither.release.clusters import nearest_centres
 from dither.release.points import clipped
-from dither.release.shared_noise import COVARIANCES, SharedNoise
+from dither.release.shared_noise import COVARIANCES_SHARE, SharedNoise
 
 LEFT_WEIGHT = 0.02  # of what directions leave of an image, in the covariances' sums
 _LEFT_MOST = 4.0  # of that, in squares of the clip norm
 _MIXED = 12.0
-"""Points, times the noise multiplier's square, below which a class's matrix has more weight than its component's."""
+"""Points, times the square of the sums' noise multiplier, below which a class's matrix outweighs its component's."""
 
 
 def second_moments(
@@ -37,7 +37,7 @@ def second_moments(
     nearest = nearest_centres(points, labels, centres)
     moved = points - centres[labels, nearest]
     sums = group_moments(moved, left, labels * components + nearest, classes * components, norm)
-    sums = noise.added(sums, math.hypot(1, LEFT_WEIGHT * _LEFT_MOST) * norm**2, COVARIANCES)
+    sums = noise.added(sums, math.hypot(1, LEFT_WEIGHT * _LEFT_MOST) * norm**2, COVARIANCES_SHARE)
     return sums[:, :-1].view(classes, components, rank, rank), sums[:, -1].view(classes, components) / LEFT_WEIGHT
 
 

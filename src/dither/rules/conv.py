@@ -1,8 +1,9 @@
 """Convolutions in 1, 2 and 3 dimensions, and their transposes: a linear map of patches.
 
 Input (N, C, *space) is unfolded to patches (N, groups, L, C/groups * K), L positions of K taps; each group is then
-the linear rule with T = L rows (Rochette et al. 2019, arXiv:1912.06015). A transposed convolution is the input
-gradient of a convolution with the same weight, so the two maps change places: the output gradient is unfolded.
+the linear rule with T = L rows. Without patches, examples are groups of one convolution, whose ordinary weight gradient
+holds each example's (Rochette et al. 2019, arXiv:1912.06015). A transposed convolution is the input gradient of a
+convolution with the same weight, so the two maps change places: the output gradient is unfolded.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ _WORTH_GROUPS = 512
 """Entries of the weight for each position below which examples are best made groups of one convolution, if taps
 overlap: oneDNN then takes as long as for the ordinary weight gradient, where patches take several times that."""
 _AT_ONCE = 1 << 18
-"""Entries of per-example gradients that one call forms, so that they are still in the cache when they are read."""
+"""Entries of per-example gradients, or sixteenths of those of maps, for one call: what it writes is to stay in the
+cache until it is read, and oneDNN copies the maps."""
 
 
 def _patches(wide: Tensor, taps: torch.Size, stride: list[int], dilation: list[int]) -> Tensor:
@@ -50,6 +52,12 @@ def _patches(wide: Tensor, taps: torch.Size, stride: list[int], dilation: list[i
     space = range(2, 2 + len(taps))
     wide = wide.permute(0, *space, 1, *(axis + len(taps) for axis in space))
     return wide.flatten(1, len(taps)).flatten(2)
+
+
+def _has_fast_groups(x: Tensor) -> bool:
+    """Whether a convolution with a group for each example is oneDNN's, whose groups cost nothing of their own."""
+    oneDNN = torch.backends.mkldnn
+    return x.dtype == torch.float32 and x.device.type == "cpu" and oneDNN.is_available() and bool(oneDNN.enabled)
 
 
 class ConvWeight(Rule):
@@ -117,15 +125,15 @@ class ConvWeight(Rule):
 
     def per_example_gradient(self, use: ParamUse, grad_output: Tensor, out: Tensor | None = None) -> Tensor:
         """Shape (B, O, C/groups, *taps)."""
-        examples = self._examples_at_once(use, grad_output)
-        if examples is None:
+        at_once = self._examples_at_once(use, grad_output)
+        if at_once is None:
             x, g = self._rows(use, grad_output)
             rows = None if out is None or out.dtype != g.dtype else out.view(len(g), g.shape[2], x.shape[2])
             return outer_gradient(x, g, rows).reshape(use.batch, *use.parameter.shape)
         if out is None or out.dtype != grad_output.dtype:
             out = grad_output.new_empty(use.batch, *use.parameter.shape)
-        formed = self._weight_gradients(use, grad_output, examples)
-        for rows, gradients in zip(out.split(examples), formed, strict=True):
+        formed = self._weight_gradients(use, grad_output, at_once)
+        for rows, gradients in zip(out.split(at_once), formed, strict=True):
             rows.copy_(gradients)
         return out
 
@@ -141,15 +149,15 @@ class ConvWeight(Rule):
             return None
         stride, _, _, _ = self._options(use)
         overlap = any(step < tap for step, tap in zip(stride, window[1:], strict=True))
-        grouped = x.dtype == torch.float32 and x.device.type == "cpu" and torch.backends.mkldnn.is_available()
-        if grouped and overlap and use.parameter.numel() <= _WORTH_GROUPS * positions:
-            return min(layout.batch, max(1, _AT_ONCE // use.parameter.numel()))
+        if overlap and _has_fast_groups(x) and use.parameter.numel() <= _WORTH_GROUPS * positions:
+            maps = int(x.numel() + grad_output.numel()) // layout.batch
+            return min(layout.batch, max(1, _AT_ONCE // max(use.parameter.numel(), maps // 16)))
         return 1 if positions * math.prod(window) > _WORTH_A_CALL * channels else None
 
-    def _weight_gradients(self, use: ParamUse, grad_output: Tensor, examples: int) -> Iterator[Tensor]:
+    def _weight_gradients(self, use: ParamUse, grad_output: Tensor, at_once: int) -> Iterator[Tensor]:
         """Per-example gradients (b, *shape), of so many examples at a time: each is a group of one convolution."""
         inner, both = use.examples.inner, self._maps(use, grad_output)
-        for wide, narrow in zip(*(maps.split(examples * inner) for maps in both), strict=True):
+        for wide, narrow in zip(*(maps.split(at_once * inner) for maps in both), strict=True):
             count = len(wide) // inner
             # (b * inner, C, *space) to (inner, b * C, *space)
             wide, narrow = (m.unflatten(0, (count, inner)).transpose(0, 1).flatten(1, 2) for m in (wide, narrow))
@@ -159,9 +167,10 @@ class ConvWeight(Rule):
         """The ordinary weight gradient, summed over all maps; of so many times the channels and groups."""
         stride, _, dilation, groups = self._options(use)
         channels, *window = use.parameter.shape
-        weight: Tensor = use.operand("weight").to(narrow.dtype)
         if times > 1:  # its shape is asked for, not its values
-            weight = weight.new_empty(()).expand(times * channels, *window)
+            weight = narrow.new_empty(()).expand(times * channels, *window)
+        else:
+            weight = use.operand("weight").to(narrow.dtype)
         zeros = [0] * self.dims
         gradients: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.convolution_backward(
             narrow,
@@ -191,10 +200,10 @@ class ConvWeight(Rule):
         """Norm in tiles of output channels, or of some examples at a time; on a GPU without writing patches."""
         squares = self._in_kernel(use, grad_output) if kernels.serve(grad_output) else None
         if squares is None:
-            examples = self._examples_at_once(use, grad_output)
-            if examples is None:
+            at_once = self._examples_at_once(use, grad_output)
+            if at_once is None:
                 return self._norm(use, grad_output, ghost=False)
-            squares = torch.cat([squared_rows(rows) for rows in self._weight_gradients(use, grad_output, examples)])
+            squares = torch.cat([squared_rows(rows) for rows in self._weight_gradients(use, grad_output, at_once)])
         # Every entry of a map is in as many patches as there are taps, at most.
         x, g = (squared_rows(use.examples.split(t)).double() for t in self._unpadded(use, grad_output))
         return None if cancels(squares, x * g * use.parameter.shape[2:].numel(), grad_output.dtype) else squares
