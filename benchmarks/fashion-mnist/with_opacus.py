@@ -1,8 +1,8 @@
 """A U-Net trained on Fashion-MNIST by stock Opacus for some minutes, and what it then draws.
 
-The network, loss, optimizer and batch size that `dither train` chooses, and as many steps as the minutes hold: some on
-random images are timed first, in physical batches of several sizes, of which the fastest is taken. Opacus has no release
-for a model to begin with, so that the whole budget is the steps'. Minutes are of the steps alone.
+The network, loss, optimizer and batch size that `dither train` chooses, and as many steps as the minutes hold: some
+on random images are timed first, in physical batches of several sizes, of which the fastest is taken. Opacus has no
+release for a model to begin with, so that the whole budget is the steps'. Minutes are of the steps alone.
 
     python benchmarks/fashion-mnist/with_opacus.py opacus-hooks --mode hooks --minutes 30
     python benchmarks/fashion-mnist/over_time.py opacus-hooks       # scores what was drawn
