@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import lru_cache
 from types import FunctionType
 from typing import Any
@@ -15,35 +15,9 @@ from torch.nn.parameter import UninitializedParameter
 from dither.capture.uses import tensors_in
 from dither.errors import CoupledExamplesError, UnsupportedOpError
 
-_RANDOM = ("rand", "normal", "bernoulli", "multinomial", "poisson", "dropout", "uniform", "exponential", "geometric")
-
-_REORDERING = {
-    "__getitem__",
-    "__setitem__",
-    "_pack_padded_sequence",
-    "_pad_packed_sequence",
-    "embedding",
-    "flip",
-    "gather",
-    "index_add",
-    "index_copy",
-    "index_put",
-    "index_reduce",
-    "index_select",
-    "masked_scatter",
-    "masked_select",
-    "put",
-    "repeat_interleave",
-    "roll",
-    "scatter",
-    "scatter_add",
-    "scatter_reduce",
-    "sort",
-    "take",
-    "take_along_dim",
-    "topk",
-    "unique",
-}
+_RANDOM = {"alpha", "bernoulli", "binomial", "cauchy", "dirichlet", "dropout", "exponential", "fractional", "gamma"}
+_RANDOM |= {"geometric", "gumbel", "multinomial", "normal", "poisson", "random", "rrelu", "uniform"}
+_NOT_RANDOM = {"__rand__", "__random__", "poisson_nll_loss"}
 
 _ELEMENTWISE = {"add", "div", "masked_fill", "mul", "multiply", "radd", "rmul", "rsub", "sub", "truediv", "where"}
 
@@ -67,39 +41,19 @@ def name_of(function: Any) -> str:
 
 @lru_cache(maxsize=4096)
 def draws(name: str) -> bool:
-    """Whether a function of this name draws random numbers: what it returns is never a constant."""
-    return any(word in name for word in _RANDOM)
+    """Whether a function of this name may draw random numbers: what it returns is never a constant."""
+    if name in _NOT_RANDOM:
+        return False
+    words = (word.rstrip("0123456789d") for word in name.partition(".")[0].split("_"))
+    return any(word in _RANDOM or word.startswith("rand") for word in words)
 
 
-@lru_cache(maxsize=4096)
-def _reorders(name: str) -> bool:
-    return (name if name.startswith("__") else name.removesuffix("_")) in _REORDERING
-
-
-def reordered(function: Any, args: Any, kwargs: Any) -> Sequence[Tensor]:
-    """The tensors whose rows the function may pick by what a tensor, a list or an array holds; none for most."""
-    name = name_of(function)
-    if not _reorders(name):
-        return ()
-    if name == "embedding":
-        return tensors_in(args[1:2], kwargs.get("input"))
-    if name in ("__getitem__", "__setitem__") and not any(_chooses(part) for part in _parts(args[1])):
-        return ()
-    tensors = tensors_in(args, kwargs)
-    if name == "repeat_interleave" and len(tensors) == 1:  # by a number, which is in the options
-        return ()
-    return tensors
-
-
-def _parts(index: Any) -> tuple[Any, ...]:
+def parts_of(index: Any) -> tuple[Any, ...]:
+    """What an index is made of, an axis each."""
     return index if isinstance(index, tuple) else (index,)
 
 
-def _chooses(part: Any) -> bool:
-    return not (part is None or part is Ellipsis or isinstance(part, (int, slice)))
-
-
-def _place_of(tensor: Tensor) -> Any:
+def place_of(tensor: Tensor) -> Any:
     """Which part of its memory a tensor is."""
     if tensor.layout != torch.strided or isinstance(tensor, UninitializedParameter):
         return None
@@ -108,7 +62,7 @@ def _place_of(tensor: Tensor) -> Any:
 
 def entries_of(tensor: Tensor) -> Any:
     """Which entries of which memory a tensor is, in whatever order its axes are; None if it has no such memory."""
-    if _place_of(tensor) is None or tensor.is_meta:
+    if place_of(tensor) is None or tensor.is_meta:
         return None
     axes = sorted((stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size != 1)
     return tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.dtype, tuple(axes)
@@ -123,27 +77,6 @@ def is_in_place(name: str) -> bool:
         or name == "__setitem__"
         or (dunder and name.startswith("__i") and name not in ("__invert__", "__index__", "__int__"))
     )
-
-
-def options_of(tree: Any) -> Any:
-    """The arguments that are not tensors, hashable."""
-    if type(tree) in _PLAIN:
-        return tree
-    if isinstance(tree, Tensor):
-        return None
-    if isinstance(tree, (list, tuple)):
-        if len(tree) > 1 and all(isinstance(item, Tensor) for item in tree):  # rows that are put together in an order
-            return tuple(_place_of(item) for item in tree)
-        return tuple(options_of(item) for item in tree)
-    if isinstance(tree, dict):
-        return tuple((key, options_of(item)) for key, item in tree.items())
-    if isinstance(tree, slice):
-        return ("slice", options_of((tree.start, tree.stop, tree.step)))
-    return tree if isinstance(tree, _OPTIONS) else type(tree)
-
-
-_OPTIONS = (int, float, str, bool, torch.dtype)
-_PLAIN = frozenset(_OPTIONS)
 
 
 def opened(function: Any) -> Callable[..., Any] | None:
@@ -185,7 +118,7 @@ def picks_by_number(function: Any, args: Any) -> bool:
     """Whether a tensor is indexed by single integers: as by Python's, which part it is does not vary by example."""
     if function is not torch.Tensor.__getitem__:
         return False
-    tensors = [part for part in _parts(args[1]) if isinstance(part, Tensor)]
+    tensors = [part for part in parts_of(args[1]) if isinstance(part, Tensor)]
     return all(part.dim() == 0 and part.dtype not in (torch.bool, torch.uint8) for part in tensors)
 
 

@@ -22,6 +22,7 @@ from dither.capture import operations, watching
 from dither.capture.custom import CustomNodes
 from dither.capture.declared import Declared, declarations
 from dither.capture.kinds import BATCHED, BUFFER, DERIVED, PARAMETER, Kinds
+from dither.capture.ordering import Numbers, reordered
 from dither.capture.places import after_tensor_hooks, alias, anchored
 from dither.capture.rows import row_by_row, shared_rows
 from dither.capture.saving import hooked, keep
@@ -83,6 +84,9 @@ class Recorder(TorchFunctionMode):
         self.anchor = torch.zeros((), requires_grad=True)
         self.anchor.of_a_recording = True  # type: ignore[attr-defined]
         self._trace: list[Any] = []
+        self._numbers = Numbers()
+        for tensor, _ in self.kinds.declared.values():
+            self._numbers.give(tensor)
         self.reorders_by_data = False
         self._replays = False
         self._began = 0
@@ -144,9 +148,15 @@ class Recorder(TorchFunctionMode):
 
     resumed = _resumed
 
-    def missed(self, what: str, options: tuple[int, ...]) -> None:
+    def missed(self, what: str, inputs: tuple[Any, ...], output: Any) -> None:
         """Take note, in the trace, of operations that were not seen."""
-        self._trace.append((what, options, ()))
+        self._trace.append((what, self._numbers.options_of(inputs), ()))
+        self._gave(output)
+
+    def _gave(self, output: Any) -> None:
+        """An operation's results are new tensors, also where they have the place of old ones."""
+        for tensor in tensors_in(output):
+            self._numbers.give(tensor)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -163,9 +173,10 @@ class Recorder(TorchFunctionMode):
             return func(*map_tensors(torch.Tensor.detach, args), **kwargs)
         output = self._dispatch(func, args, kwargs)
         if not self._replays:
-            self._trace.append((func, operations.options_of(args), operations.options_of(kwargs)))
+            self._trace.append((func, self._numbers.options_of(args), self._numbers.options_of(kwargs)))
+            self._gave(output)
             if not self.reorders_by_data:
-                picked = operations.reordered(func, args, kwargs)
+                picked = reordered(func, args, kwargs)
                 self.reorders_by_data = any(self.kinds.varies(tensor) for tensor in picked)
         return output
 
@@ -269,10 +280,13 @@ class Recorder(TorchFunctionMode):
     def declare(self, tensor: Tensor, declared: Declared) -> None:
         """Take note of what is said of a tensor: before the recording, or while it runs."""
         self.kinds.declare(tensor, declared)
+        self._numbers.give(tensor)
 
     def applied(self, arguments: Any, output: Any) -> None:
         """Take note of what a custom autograd function gave."""
         self.kinds.computed_by_function(arguments, output)
+        if not self._replays:
+            self.missed("a custom autograd function", arguments, output)
 
     def _use(self, func: Any, args: Any, kwargs: Any, used: set[int]) -> Any:
         name = operations.name_of(func)

@@ -23,6 +23,7 @@ from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dither.capture import operations
+from dither.capture.ordering import reordered
 from dither.errors import CaptureError
 
 _FEWEST = 2
@@ -161,7 +162,7 @@ def _operations(node: Node) -> list[OpOverload] | None:
     try:
         operations.refuse_batch_statistics(function, args, kwargs)
         called = Tensor.__getitem__ if name == "getitem" else function
-        if operations.reordered(called, args, kwargs):
+        if reordered(called, args, kwargs):
             return None
         with tensors[0].fake_mode, seen:
             function(*args, **kwargs)

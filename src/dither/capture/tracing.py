@@ -149,7 +149,7 @@ class _Compiled(nn.Module):
             self._refused = True
             _warn("A part of a module", error)
             return self.module.forward(*inputs)
-        recorder.missed(self.module.code, tuple(x for x in inputs if type(x) is int))
+        recorder.missed(self.module.code, inputs, output)
         return output
 
     def _mark(self, inputs: tuple[Any, ...]) -> None:
