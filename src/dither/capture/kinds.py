@@ -42,6 +42,7 @@ class Kinds:
         self._versions = {i: t._version for i, (kind, t) in self.by_id.items() if kind in (BUFFER, PARAMETER)}
         self._state: dict[Any, Tensor] | None = None
         self._numbers: dict[int, tuple[Tensor, int]] = {}
+        self._constants_at: dict[int, list[int]] = {}
 
     @contextmanager
     def forgotten_after(self) -> Iterator[None]:
@@ -137,22 +138,34 @@ class Kinds:
     def constant(self, output: Any) -> None:
         """Take note of what is computed from constants alone."""
         for tensor in tensors_in(output):
-            self.by_id.setdefault(id(tensor), (CONSTANT, tensor))
+            if id(tensor) not in self.by_id:
+                self.by_id[id(tensor)] = (CONSTANT, tensor)
+                self._constants_at.setdefault(operations.memory_of(tensor), []).append(id(tensor))
 
     def no_constant(self, target: Tensor, name: str) -> None:
-        """The examples are written into a tensor in place: it is no constant, nor what it is a view of.
+        """The examples are written into a tensor in place: it is no constant, nor is what shares its memory.
 
         Raises:
             BufferUpdateError: it is the model's state.
         """
         for tensor in _and_base(target):
             kind = self.by_id.get(id(tensor))
-            if kind is None:
-                continue
-            if kind[0] == BUFFER:
+            if kind is not None and kind[0] == BUFFER:
                 raise _updated(tensor, name)
-            if kind[0] == CONSTANT:
-                del self.by_id[id(tensor)]
+            self._forget(id(tensor))
+        for number in self._constants_at.pop(operations.memory_of(target), ()):
+            self._forget(number)
+
+    def unseen(self, tensor: Tensor) -> None:
+        """A tensor may be written into without a torch function: it is no constant, nor is what shares its memory."""
+        self._forget(id(tensor))
+        for number in self._constants_at.pop(operations.memory_of(tensor), ()):
+            self._forget(number)
+
+    def _forget(self, number: int) -> None:
+        """A tensor, by its id, is no constant any more."""
+        if self.by_id.get(number, ("",))[0] == CONSTANT:
+            del self.by_id[number]
 
     @property
     def any_drawn(self) -> bool:

@@ -27,6 +27,10 @@ BACKWARD = {torch.Tensor.backward, torch.autograd.backward, torch.autograd.grad}
 LEAVES_TORCH: set[Callable[..., Any]] = {torch.Tensor.numpy, torch.Tensor.__array__}
 """Functions whose result no torch function sees again."""
 
+FROM_DATA = {torch.tensor, torch.as_tensor, torch.asarray, torch.frombuffer, torch.Tensor.new_tensor}
+FROM_DATA |= {torch.sparse_coo_tensor, torch.sparse_csr_tensor, torch.sparse_compressed_tensor}
+"""Functions whose result holds what lists and arrays hold, which no torch function shows."""
+
 READS_METADATA = {torch.Tensor.type_as, torch.Tensor.to, torch.Tensor.view_as, torch.Tensor.expand_as}
 READS_METADATA |= {torch.Tensor.reshape_as}
 """Functions that use only shape, dtype or device of a second tensor."""
@@ -58,6 +62,14 @@ def place_of(tensor: Tensor) -> Any:
     if tensor.layout != torch.strided or isinstance(tensor, UninitializedParameter):
         return None
     return tensor.storage_offset(), tensor.shape
+
+
+def memory_of(tensor: Tensor) -> int:
+    """Which memory a tensor's entries are in; 0 if it has none of its own."""
+    if place_of(tensor) is None or tensor.is_meta:
+        return 0
+    memory: int = tensor.untyped_storage()._cdata
+    return memory
 
 
 def entries_of(tensor: Tensor) -> Any:

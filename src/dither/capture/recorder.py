@@ -22,6 +22,7 @@ from dither.capture import operations, watching
 from dither.capture.custom import CustomNodes
 from dither.capture.declared import Declared, declarations
 from dither.capture.kinds import BATCHED, BUFFER, DERIVED, PARAMETER, Kinds
+from dither.capture.nan import SHOWING
 from dither.capture.ordering import Numbers, reordered
 from dither.capture.places import after_tensor_hooks, alias, anchored
 from dither.capture.rows import row_by_row, shared_rows
@@ -170,6 +171,8 @@ class Recorder(TorchFunctionMode):
                 "activation checkpoints but torch.utils.checkpoint",
             )
         if func in operations.LEAVES_TORCH:
+            for tensor in tensors_in(args[:1]):  # an array of the same memory: what is written into it, nobody sees
+                self.kinds.unseen(tensor)
             return func(*map_tensors(torch.Tensor.detach, args), **kwargs)
         output = self._dispatch(func, args, kwargs)
         if not self._replays:
@@ -253,14 +256,15 @@ class Recorder(TorchFunctionMode):
 
     def _run_without_parameters(self, func: Any, args: Any, kwargs: Any, batch_free: bool) -> Any:
         name = operations.name_of(func)
-        in_place = operations.is_in_place(name)
-        target = args[0] if in_place and args and isinstance(args[0], Tensor) else None
-        if target is not None and not batch_free:
-            self.kinds.no_constant(target, name)
+        if not batch_free:
+            targets = args[:1] if operations.is_in_place(name) else ()
+            for target in tensors_in(targets, kwargs.get("out")):
+                self.kinds.no_constant(target, name)
+            func = SHOWING.get(func, func)
         random = batch_free and operations.draws(name)
         drawn = random or (self.kinds.any_drawn and not batch_free and self.kinds.only_drawn(args, kwargs))
         output = func(*args, **kwargs)
-        if batch_free and not random:
+        if batch_free and not random and not _holds_data(func, output):
             self.kinds.constant(output)
         if drawn:
             self.kinds.drawn(output)
@@ -290,6 +294,11 @@ class Recorder(TorchFunctionMode):
 
     def _use(self, func: Any, args: Any, kwargs: Any, used: set[int]) -> Any:
         name = operations.name_of(func)
+        if kwargs.get("out") is not None:
+            raise UnsupportedOpError(
+                f"{name} uses a parameter and writes its result into out=, where no gradient comes back.",
+                fix="use what the operation returns, without out=",
+            )
         in_place = operations.is_in_place(name) and id(args[0]) in used
         stays = in_place or (self.kinds.any_drawn and operations.keeps_shape(func, args, used))
         if stays and self.kinds.only_drawn(args, kwargs):  # a weight with a mask of its own: no example is in it
@@ -411,6 +420,11 @@ class Recorder(TorchFunctionMode):
             if self.on_output is not None:
                 self.on_output(live, call)
         return replaced[id(output)] if id(output) in replaced else map_tensors(lambda t: replaced.get(id(t), t), output)
+
+
+def _holds_data(function: Any, output: Any) -> bool:
+    """Whether a tensor was made of a list or an array: the examples', for all that is known. A number is none."""
+    return function in operations.FROM_DATA and output.numel() > 1
 
 
 def _as_it_is(tensor: Tensor) -> Tensor:

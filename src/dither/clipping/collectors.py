@@ -6,6 +6,8 @@ gives squared norms, and adds the weighted sum. Legend: B examples, P the parame
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import suppress
 from typing import Protocol
 
 import torch
@@ -13,7 +15,7 @@ from torch import Tensor
 
 from dither.allocator import reuses
 from dither.capture.uses import ParamUse
-from dither.errors import SavedInputChangedError
+from dither.errors import SavedInputChangedError, UnsupportedOpError
 from dither.rules.crossing import crossed_norm
 from dither.rules.rule import add_weighted, squared_rows
 
@@ -277,11 +279,32 @@ def pull_back(computed: Tensor, gradients: Tensor, leaves: list[Tensor]) -> list
 
     Returns:
         For each parameter (B, *shape), or None if it had no part.
+
+    Raises:
+        UnsupportedOpError: no derivative can be taken for one example alone.
     """
-    pulled = torch.autograd.grad(
-        computed, leaves, gradients.to(computed.dtype), is_grads_batched=True, retain_graph=True, allow_unused=True
-    )
-    return list(pulled)
+    gradients = gradients.to(computed.dtype)
+
+    def pulled(sent: Tensor, batched: bool) -> Sequence[Tensor | None]:
+        return torch.autograd.grad(
+            computed, leaves, sent, is_grads_batched=batched, retain_graph=True, allow_unused=True
+        )
+
+    with suppress(RuntimeError):  # something in the derivative has no batching rule
+        return list(pulled(gradients, True))
+    try:
+        columns = list(zip(*(pulled(row, False) for row in gradients), strict=True))
+    except RuntimeError as error:
+        raise UnsupportedOpError(
+            f"A tensor of shape {tuple(computed.shape)} computed from parameters has no derivative that can be taken "
+            f"for one example alone: {error}",
+            fix="write what computes it with other torch operations",
+        ) from error
+    zeros = [torch.zeros_like(leaf, requires_grad=False) for leaf in leaves]
+    return [
+        None if all(row is None for row in rows) else torch.stack([zero if row is None else row for row in rows])
+        for zero, rows in zip(zeros, columns, strict=True)
+    ]
 
 
 def check_gradient(gradient: Tensor, version: int) -> None:

@@ -82,7 +82,7 @@ class BroadcastAdd(Elementwise):
     def entries(self, use: ParamUse, grad_output: Tensor) -> Tensor:
         """The output gradient itself."""
         option = None if self.scale is None else use.operand(self.scale)
-        factor = self.sign if option is None else self.sign * option
+        factor = self.sign if option is None else self.sign * option.conjugate()
         return grad_output if factor == 1.0 else grad_output * factor
 
 
@@ -141,7 +141,7 @@ class NormWeight(Rule):
         x = use.operand("input")
         # Under autocast the layer ran in its output's precision, wider than its input's.
         normalised = self.normalise(use, x.to(torch.promote_types(x.dtype, grad_output.dtype)))
-        entries = grad_output * normalised.to(grad_output.dtype)
+        entries = grad_output * normalised.to(grad_output.dtype).conj()
         return channel_sum(use, entries) if self.channels else reduce_broadcast(use, entries, use.parameter.shape)
 
 

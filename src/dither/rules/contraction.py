@@ -19,7 +19,7 @@ from torch import Tensor
 from dither.capture.uses import ParamUse
 from dither.rules.linear import outer_ghost_norm, outer_gradient, outer_tile_norm
 from dither.rules.replay import replayed
-from dither.rules.rule import Cost, Rule
+from dither.rules.rule import Cost, Rule, all_strided
 
 Labels = tuple[Hashable, ...]
 
@@ -117,7 +117,12 @@ class Contraction(Rule):
     def claims(self, operands: Mapping[str, Any], slot: str) -> bool:
         """Products in which each axis of the parameter is free, summed or shared."""
         once = sum(operand is operands[slot] for operand in operands.values()) == 1
-        return once and operands.get("out") is None and _form(operands[slot], self.read(operands, slot)) is not None
+        return (
+            once
+            and all_strided(operands)
+            and operands.get("out") is None
+            and _form(operands[slot], self.read(operands, slot)) is not None
+        )
 
     def _form(self, use: ParamUse) -> _Form | None:
         """The form; None where the examples lie along the parameter's own axes."""

@@ -111,7 +111,12 @@ class EmbeddingWeight(Lookup):
         ids = use.operand("input")
         owners = owners_of_rows(use, ids, grad_output)
         rows = grad_output.reshape(ids.numel(), grad_output.shape[-1])
-        return Scattered(owners, ids.flatten(), rows, use.parameter.shape[0]).masked(use.operand("padding_idx"))
+        return Scattered(owners, ids.flatten(), rows, use.parameter.shape[0]).masked(self._padding(use))
+
+    def _padding(self, use: ParamUse) -> int | None:
+        """The id that has no gradient; counted from the end if negative."""
+        padding: int | None = use.operand("padding_idx")
+        return padding
 
     def crosses(self, use: ParamUse) -> bool:
         """Where every example has as many ids."""
@@ -120,10 +125,18 @@ class EmbeddingWeight(Lookup):
     def row_factors(self, use: ParamUse, grad_output: Tensor) -> RowFactors:
         """Ids, and output gradients; of the padding id, zeros."""
         ids = use.examples.split(use.operand("input")).reshape(use.batch, -1)
-        rows, padding = use.examples.rows(grad_output), use.operand("padding_idx")
+        rows, padding = use.examples.rows(grad_output), self._padding(use)
         if padding is not None:
             rows = rows.masked_fill((ids == padding % use.parameter.shape[0]).unsqueeze(2), 0)
         return RowFactors(ids.long(), rows)
+
+
+class PlainEmbeddingWeight(EmbeddingWeight):
+    """Weight (V, d) of `torch.embedding`, to which a negative padding id is none."""
+
+    def _padding(self, use: ParamUse) -> int | None:
+        padding: int | None = use.operand("padding_idx")
+        return None if padding is None or padding < 0 else padding
 
 
 def refuse_coupling(operands: Mapping[str, Any]) -> None:
@@ -158,5 +171,5 @@ register_rule(
 register_rule(
     torch.embedding,
     ("weight", "input", "padding_idx", "scale_grad_by_freq", "sparse"),
-    {"weight": EmbeddingWeight()},
+    {"weight": PlainEmbeddingWeight()},
 )

@@ -12,7 +12,7 @@ from torch import Tensor
 from dither.capture.uses import ParamUse
 from dither.errors import UnsupportedOpError
 from dither.rules.embedding import Lookup, Scattered, refuse_coupling
-from dither.rules.rule import register_rule
+from dither.rules.rule import Rule, register_rule
 
 
 class BagWeight(Lookup):
@@ -65,6 +65,16 @@ class BagWeight(Lookup):
         return counts.clamp(min=1).to(like.dtype).reciprocal()[bags]
 
 
+class PlainBagWeight(Rule):
+    """Weight of `torch.embedding_bag`, whose product is the fallback's: only options that couple are looked for."""
+
+    def claims(self, operands: Mapping[str, Any], slot: str) -> bool:
+        """Refuse options that couple examples."""
+        refuse_coupling(operands)
+        return False
+
+
+register_rule(torch.embedding_bag, ("weight", "input", "offsets", "scale_grad_by_freq"), {"weight": PlainBagWeight()})
 register_rule(
     F.embedding_bag,
     (

@@ -33,7 +33,7 @@ class Fallback(Rule):
         """Shape (B, *parameter.shape)."""
         masked = masked_gradients(use, grad_output)
         gradients = _products(use, *self._replay(use), masked)
-        wrong = ~torch.isfinite(gradients.flatten(1)).all(1)
+        wrong = ~torch.isfinite(gradients).unsqueeze(-1).flatten(1).all(1)
         if use.batch == 1 or not bool(wrong.any()):
             return gradients
         # Zero times another example's NaN is NaN: each is taken without the others that may be to blame.

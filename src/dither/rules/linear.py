@@ -17,7 +17,7 @@ import dither.kernels as kernels
 from dither.capture.examples import ExampleAxis
 from dither.capture.uses import ParamUse
 from dither.rules.crossing import GRAM_ELEMENTS, VANISHING, RowFactors
-from dither.rules.rule import Cost, Rule, cancels, squared_rows
+from dither.rules.rule import Cost, Rule, all_strided, cancels, squared_rows
 
 _TILE_ELEMENTS = 1 << 21
 """Largest tile of per-example gradients kept at once, in elements: of 2^18 to 2^23 near the fastest on four shapes."""
@@ -116,7 +116,7 @@ class LinearWeight(Rule):
 
     def claims(self, operands: Mapping[str, Any], slot: str) -> bool:
         """Two-dimensional weights on the right."""
-        return bool(operands[slot].dim() == 2 and operands["input"].dim() >= 2)
+        return all_strided(operands) and bool(operands[slot].dim() == 2 and operands["input"].dim() >= 2)
 
     def _rows(self, use: ParamUse, grad_output: Tensor) -> tuple[Tensor, Tensor]:
         x = use.operand("input")

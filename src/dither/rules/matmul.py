@@ -24,9 +24,11 @@ def _batch(count: int) -> Labels:
 
 def _pair(
     operands: Mapping[str, Any], slot: str, names: tuple[str, str], labels: tuple[Labels, Labels], output: Labels
-) -> Product:
+) -> Product | None:
     own = names.index(slot)
     scale = operands.get("alpha")
+    if isinstance(scale, complex):
+        return None
     return Product(
         labels[own], ((operands[names[1 - own]], labels[1 - own]),), output, 1.0 if scale is None else float(scale)
     )

@@ -118,10 +118,15 @@ def _scan(
     return (outputs[::-1] if reverse else outputs), state
 
 
-def step(cell: Cell, x: Tensor, hx: Any, *weights: Any) -> Any:
+_OF_A_CELL = ("input", "hx", "w_ih", "w_hh", "b_ih", "b_hh")
+
+
+def step(cell: Cell, *args: Any, **named: Any) -> Any:
     """One step of a cell: torch's `_VF.lstm_cell` and its kin."""
+    given: list[Any] = [*args, *(named.get(name) for name in _OF_A_CELL[len(args) :])]
+    x, hx, *weights = given
     state = tuple(hx) if isinstance(hx, (list, tuple)) else (hx,)
-    own = [*weights, *[None] * (5 - len(weights))]
+    own = [*weights, None]
     gates = F.linear(x, own[0], own[2])
     found = cell(gates, tuple(_of_the_examples(s, [gates]) for s in state), own)
     return found if len(found) > 1 else found[0]

@@ -94,13 +94,18 @@ def _rows(gradients: Tensor) -> Tensor:
     return gradients.reshape(gradients.shape[0], math.prod(gradients.shape[1:]))
 
 
+def all_strided(operands: Mapping[str, Any]) -> bool:
+    """Whether no operand is sparse or nested: such have no rows to take apart."""
+    return all(x.layout == torch.strided and not x.is_nested for x in operands.values() if isinstance(x, Tensor))
+
+
 def squared_rows(gradients: Tensor) -> Tensor:
     """Squared norm of each example's gradient: (B, *shape) to (B,), in float32 or wider."""
     if kernels.serve(gradients):
         return kernels.squared_rows(gradients)
     flat = _rows(gradients)
     if flat.is_complex():
-        flat = torch.view_as_real(flat).flatten(1)
+        flat = torch.view_as_real(flat.resolve_conj()).flatten(1)
     wide = torch.promote_types(flat.dtype, torch.float32)
     whole = flat.shape[1] - flat.shape[1] % _CHUNK
     if whole <= _CHUNK:
