@@ -39,7 +39,38 @@ def _sparse_product(h, order):
     return torch.sparse.mm(matrix, h)
 
 
+def _own_rows(h, order):
+    rows = [row.tanh() for row in h]  # each a tensor of its own memory
+    return torch.stack([rows[i] for i in order.argsort().tolist()])
+
+
+def _rows_into_places(h, order):
+    rows, placed = [row.tanh() for row in h], torch.zeros(h.shape)
+    for place, row in zip(order.tolist(), rows, strict=True):
+        placed[place] = row
+    return placed
+
+
+def _sparse(order):
+    return torch.sparse_coo_tensor(torch.stack([order.clone(), STRAIGHT.clone()]), torch.ones(B), (B, B))
+
+
+def _slices(h, order):
+    at = order.argsort()
+    return torch.stack([h[i : i + 1][0] for i in at])
+
+
 RESTORE = {
+    "rows of their own": _own_rows,
+    "rows into places": _rows_into_places,
+    "slices by tensors": _slices,
+    "narrow by a tensor": lambda h, order: torch.stack([torch.narrow(h, 0, i, 1)[0] for i in order.argsort()]),
+    "halves": lambda h, order: torch.cat([h[2:].flip(0), h[:2].flip(0)] if int(order[0]) else [h[:2], h[2:]]),
+    "sparse product of its own": lambda h, order: torch.sparse.mm(_sparse(order), h),
+    "sparse rows": lambda h, order: _sparse(order).to_sparse_csr() @ h,
+    "embedding_bag": lambda h, order: F.embedding_bag(order.argsort(), h, torch.arange(B), mode="sum"),
+    "aten's index_select": lambda h, order: torch.ops.aten.index_select.default(h, 0, order.argsort()),
+    "aten's index": lambda h, order: torch.ops.aten.index.Tensor(h, [order.argsort()]),
     "out[order] = h": _index_assignment,
     "rows of a Python list": _python_list,
     "F.embedding(order, h)": lambda h, order: F.embedding(order.argsort(), h),

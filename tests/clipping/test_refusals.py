@@ -28,6 +28,26 @@ def test_one_example_that_reaches_into_another_is_refused(pair):
         dither.clipped_sum(model, loss_fn)
 
 
+def test_coupling_behind_an_operation_whose_backward_hides_nan_is_refused():
+    model, x = nn.Linear(3, 2), torch.randn(4, 3)
+
+    def loss_fn():
+        h = model(x)
+        return (h + torch.logcumsumexp(h, 0)).square().sum(1)
+
+    assert_refused(model, loss_fn, errors.CoupledExamplesError)
+
+
+def test_bags_that_divide_by_counts_over_the_batch_are_refused():
+    table, ids = nn.Embedding(3, 4), torch.randint(0, 3, (4, 5))
+    starts = torch.arange(0, 20, 5)
+    assert_refused(
+        table,
+        lambda: torch.embedding_bag(table.weight, ids.flatten(), starts, True)[0].square().sum(1),
+        errors.UnsupportedOpError,
+    )
+
+
 def test_coupling_behind_a_weight_that_is_zero_is_refused():
     model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2, track_running_stats=False), nn.Linear(2, 2))
     nn.init.zeros_(model[2].weight)

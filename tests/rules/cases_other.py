@@ -81,6 +81,26 @@ function("complex sum", lambda x, p: real(complex_(x) + complex_(p)), normal(B, 
 function("complex sum with a real shift", lambda x, p: real(complex_(x) + p), normal(B, 5, 2), p=(5,))
 function("complex matmul", lambda x, w: real(complex_(x) @ complex_(w)), normal(B, 6, 5, 2), w=(5, 3, 2))
 function("complex linear", lambda x, w: real(F.linear(complex_(x), complex_(w))), normal(B, 6, 5, 2), w=(3, 5, 2))
+function(
+    "complex linear, conjugated",
+    lambda x, w: real(F.linear(complex_(x), complex_(w).conj())),
+    normal(B, 5, 2),
+    w=(3, 5, 2),
+)
+function(
+    "complex sum, complex alpha",
+    lambda x, p: real(torch.add(complex_(x), complex_(p), alpha=2 + 1j)),
+    normal(B, 5, 2),
+    p=(5, 2),
+)
+function(
+    "complex addmm, complex beta and alpha",
+    lambda x, p, w: real(torch.addmm(complex_(p), complex_(x), complex_(w), beta=2 + 1j, alpha=1 - 1j)),
+    normal(B, 5, 2),
+    p=(3, 2),
+    w=(5, 3, 2),
+)
+function("complex rms norm", lambda x, w: real(F.rms_norm(complex_(x), (5,), complex_(w))), normal(B, 5, 2), w=(5, 2))
 function("complex division", lambda x, w: real(complex_(x) / complex_(w)), normal(B, 5, 2), w=(5, 2))
 function(
     "complex convolution", lambda x, w: real(F.conv1d(complex_(x), complex_(w))), normal(B, 3, 6, 2), w=(4, 3, 2, 2)
@@ -209,6 +229,33 @@ class LogProbabilities(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.inner.log_prob(x)
+
+
+function("ldexp, a parameter of no dimension", lambda x, p: torch.ldexp(x, p), normal(B, 5), p=())
+function("logcumsumexp", lambda x, w: torch.logcumsumexp(x @ w, 1), normal(B, 6, 5), w=(5, 3))
+function("logcumsumexp, method", lambda x, w: (x @ w).logcumsumexp(dim=-1), normal(B, 6, 5), w=(5, 3))
+function("sparse rows", lambda x, w: (x.relu().to_sparse() @ w).exp(), normal(B, 5), w=(5, 3))
+function("sparse linear", lambda x, w: F.linear(x.relu().to_sparse_csr(), w).exp(), normal(B, 5), w=(3, 5))
+function("normalised prototypes", lambda x, w: x @ (F.normalize(torch.ones(3, 5), dim=1) @ w).T, normal(B, 4), w=(5, 4))
+
+
+class Sign(torch.autograd.Function):
+    """Signs, straight through where a weight is small; its backward has no batching rule."""
+
+    @staticmethod
+    def forward(ctx, w):
+        ctx.save_for_backward(w)
+        return w.sign()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (w,) = ctx.saved_tensors
+        kept, found = w.abs() < 1, torch.zeros_like(w)
+        found[kept] = gradient[kept]
+        return found
+
+
+function("binary weights", lambda x, w: F.linear(x, Sign.apply(w)), normal(B, 5), w=(3, 5))
 
 
 # a view of a parameter that is shaped by the examples

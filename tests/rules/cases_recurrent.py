@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from case_registry import B, case, normal
+from case_registry import B, case, function, normal
 
 
 class Sequence(nn.Module):
@@ -58,3 +58,13 @@ case("RNN relu", lambda: Sequence(nn.RNN(3, 4, nonlinearity="relu", batch_first=
 case("LSTM proj_size", lambda: Sequence(nn.LSTM(3, 4, proj_size=2, batch_first=True)), normal(B, 5, 3))
 for cell in (nn.RNNCell, nn.GRUCell, nn.LSTMCell):
     case(cell.__name__, lambda c=cell: Cell(c(3, 4)), normal(B, 5, 3))
+function(
+    "gru_cell, biases by name",
+    lambda x, h, i, s, a, b: torch.gru_cell(x, h, i, s, b_ih=a, b_hh=b),
+    normal(B, 5),
+    normal(B, 4),
+    i=(12, 5),
+    s=(12, 4),
+    a=(12,),
+    b=(12,),
+)

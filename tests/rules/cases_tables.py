@@ -124,3 +124,11 @@ function("take_along_dim, flat", lambda i, p: torch.take_along_dim(p, i.flatten(
 function(
     "relative position bias", lambda x, p: x + p[torch.arange(9).view(3, 3)].movedim(2, 0), normal(B, 2, 3, 3), p=(9, 2)
 )
+function("torch.embedding, no padding", lambda i, p: torch.embedding(p, i, -1), ids(6, B, 3), p=(6, 5))
+function("torch.embedding, padding", lambda i, p: torch.embedding(p, i, 5), ids(6, B, 3), p=(6, 5))
+function(
+    "torch.embedding_bag",
+    lambda i, p: torch.embedding_bag(p, i.flatten(), torch.arange(0, i.numel(), 3))[0],
+    ids(6, B, 3),
+    p=(6, 5),
+)

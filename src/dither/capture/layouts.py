@@ -246,8 +246,8 @@ def _refused(
         return ExampleAxisError(
             f"{_capital(name)}, shape {shape}, has no axis that {batch} examples fit on, and its rows are "
             "not each one example's.",
-            fix="declare a constant input of this layer (dither.constant, or a buffer of the model), or keep one axis "
-            "for the examples",
+            fix="declare a constant input of this layer (dither.constant, or a buffer of the model), also one that is "
+            "made of a list inside (dither.constant(torch.tensor([...]))), or keep one axis for the examples",
         )
     which = (
         f"Example {examples[0]}'s loss depends" if len(examples) == 1 else f"Losses of {len(examples)} examples depend"
@@ -255,5 +255,6 @@ def _refused(
     return CoupledExamplesError(
         f"{which} on other examples through {name}, shape {shape}, with {batch} examples.",
         fix="remove what mixes examples (batch normalisation or statistics in the model or the loss: use group or "
-        "layer normalisation), and declare a constant input of a layer: dither.constant(tensor), or a buffer",
+        "layer normalisation), and declare a constant input of a layer, also one that is made of a list inside: "
+        "dither.constant(tensor), or a buffer",
     )
