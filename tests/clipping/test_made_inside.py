@@ -95,3 +95,18 @@ def test_a_parameter_used_with_out_is_refused():
         lambda: torch.matmul(x, model.weight.T, out=torch.empty(B, 4)).square().sum(1),
         errors.UnsupportedOpError,
     )
+
+
+def test_lists_that_meet_no_parameter_are_as_good_as_constants():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(5, 5)
+            self.register_buffer("frequencies", torch.ones(5))
+
+        def forward(self, x):
+            self.frequencies = torch.tensor([1.0, 0.5, 0.25, 2.0, 3.0]) * 2  # as scaled rotary embeddings do
+            return self.linear(x) * self.frequencies.cos()
+
+    model, x = Scaled(), torch.randn(B, 5)
+    assert_exact(model, lambda: model(x).square().sum(1))

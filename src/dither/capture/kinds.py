@@ -29,6 +29,8 @@ class Kinds:
     Attributes:
         by_id: (kind, tensor) by the tensor's id; the strong reference keeps the id from being used again.
         declared: (tensor, what was said of it) by its id.
+        made: tensors made of lists and arrays, and of such and constants alone, by id: they may be the examples', and
+            count as theirs where they meet a parameter.
     """
 
     def __init__(
@@ -39,6 +41,7 @@ class Kinds:
         self.by_id |= {id(b): (BUFFER, b) for b in buffers}
         self.by_id |= {id(p): (PARAMETER, p) for p in parameters.values()}
         self.declared: dict[int, tuple[Tensor, Declared]] = {}
+        self.made: dict[int, Tensor] = {}
         self._versions = {i: t._version for i, (kind, t) in self.by_id.items() if kind in (BUFFER, PARAMETER)}
         self._state: dict[Any, Tensor] | None = None
         self._numbers: dict[int, tuple[Tensor, int]] = {}
@@ -59,7 +62,7 @@ class Kinds:
         self.declared[id(tensor)] = (tensor, declared)
 
     def constants(self) -> Iterator[Tensor]:
-        """Every tensor that was computed from constants alone."""
+        """Every tensor that was computed from constants alone; lists and arrays are none."""
         return (tensor for kind, tensor in self.by_id.values() if kind == CONSTANT)
 
     def label(self, tensor: Tensor) -> str:
@@ -141,6 +144,10 @@ class Kinds:
             if id(tensor) not in self.by_id:
                 self.by_id[id(tensor)] = (CONSTANT, tensor)
                 self._constants_at.setdefault(operations.memory_of(tensor), []).append(id(tensor))
+
+    def made_of_data(self, output: Any) -> None:
+        """Take note of what is made of lists or arrays, perhaps of the examples."""
+        self.made |= {id(tensor): tensor for tensor in tensors_in(output) if id(tensor) not in self.by_id}
 
     def no_constant(self, target: Tensor, name: str) -> None:
         """The examples are written into a tensor in place: it is no constant, nor is what shares its memory.

@@ -43,6 +43,14 @@ def name_of(function: Any) -> str:
     return str(getattr(function, "__name__", ""))
 
 
+def reads_data(function: Any, args: Any) -> bool:
+    """Whether a function makes a tensor of something that is no tensor: a list, an array, a number."""
+    if function not in FROM_DATA:
+        return False
+    given = args[1:2] if function is Tensor.new_tensor else args[:1]
+    return not (given and isinstance(given[0], Tensor))
+
+
 @lru_cache(maxsize=4096)
 def draws(name: str) -> bool:
     """Whether a function of this name may draw random numbers: what it returns is never a constant."""

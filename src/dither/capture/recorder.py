@@ -197,13 +197,16 @@ class Recorder(TorchFunctionMode):
         used: set[int] = set()
         watched: list[Tensor] = []
         batch_free = True
-        follows = False
+        follows = made = False
         for tensor in tensors_in(args, kwargs):
             kind = kinds.get(id(tensor))
             if kind is None and type(tensor) is Parameter:
                 kind = self.kinds.state_behind(tensor)
             if kind is None:
-                batch_free = False
+                if id(tensor) in self.kinds.made:
+                    made = True
+                else:
+                    batch_free = False
             elif kind[0] in (PARAMETER, DERIVED):
                 if tensor.requires_grad:  # else it is frozen at this moment
                     used.add(id(tensor))
@@ -213,25 +216,29 @@ class Recorder(TorchFunctionMode):
                 watched.append(tensor)
             elif kind[0] == BATCHED:
                 batch_free, follows = False, True
+        made |= operations.reads_data(func, args)
+        if made and used:
+            batch_free = False
         if follows and torch.is_grad_enabled():
             args, kwargs = map_tensors(self._follow, args), map_tensors(self._follow, kwargs)
-        if not batch_free:
+        if not batch_free or made:
             operations.refuse_batch_statistics(func, args, kwargs)
+        if not batch_free:
             if func in operations.READS_METADATA:  # the other tensor lends its shape or dtype only
                 used &= {id(args[0])}
                 batch_free = id(args[0]) in kinds and not follows
             elif operations.picks_by_number(func, args) and id(args[0]) in used:
                 batch_free = True
         versions = [tensor._version for tensor in watched]
-        output = self._run(func, args, kwargs, used, batch_free)
+        output = self._run(func, args, kwargs, used, batch_free, made)
         for tensor, version in zip(watched, versions, strict=True):
             if tensor._version != version:
-                self.kinds.changed(tensor, version, batch_free, operations.name_of(func))
+                self.kinds.changed(tensor, version, batch_free and not made, operations.name_of(func))
         return output
 
-    def _run(self, func: Any, args: Any, kwargs: Any, used: set[int], batch_free: bool) -> Any:
+    def _run(self, func: Any, args: Any, kwargs: Any, used: set[int], batch_free: bool, made: bool) -> Any:
         if not used:
-            return self._run_without_parameters(func, args, kwargs, batch_free)
+            return self._run_without_parameters(func, args, kwargs, batch_free, made)
         if batch_free:
             return self._run_on_parameters_alone(func, args, kwargs)
         if not torch.is_grad_enabled():
@@ -254,9 +261,9 @@ class Recorder(TorchFunctionMode):
         """The tensor with a place in the graph: what is taken from it in order needs no other proof."""
         return tensor if tensor.requires_grad else alias(tensor, self.anchor, lambda gradient: None)
 
-    def _run_without_parameters(self, func: Any, args: Any, kwargs: Any, batch_free: bool) -> Any:
+    def _run_without_parameters(self, func: Any, args: Any, kwargs: Any, batch_free: bool, made: bool) -> Any:
         name = operations.name_of(func)
-        if not batch_free:
+        if not batch_free or made:
             targets = args[:1] if operations.is_in_place(name) else ()
             for target in tensors_in(targets, kwargs.get("out")):
                 self.kinds.no_constant(target, name)
@@ -264,8 +271,11 @@ class Recorder(TorchFunctionMode):
         random = batch_free and operations.draws(name)
         drawn = random or (self.kinds.any_drawn and not batch_free and self.kinds.only_drawn(args, kwargs))
         output = func(*args, **kwargs)
-        if batch_free and not random and not _holds_data(func, output):
-            self.kinds.constant(output)
+        if batch_free and not random:
+            if made and not _is_number(func, output):
+                self.kinds.made_of_data(output)
+            else:
+                self.kinds.constant(output)
         if drawn:
             self.kinds.drawn(output)
         return output
@@ -422,9 +432,9 @@ class Recorder(TorchFunctionMode):
         return replaced[id(output)] if id(output) in replaced else map_tensors(lambda t: replaced.get(id(t), t), output)
 
 
-def _holds_data(function: Any, output: Any) -> bool:
-    """Whether a tensor was made of a list or an array: the examples', for all that is known. A number is none."""
-    return function in operations.FROM_DATA and output.numel() > 1
+def _is_number(function: Any, output: Any) -> bool:
+    """Whether a tensor was made of a single number, which is none of the examples' rows."""
+    return function in operations.FROM_DATA and bool(output.numel() <= 1)
 
 
 def _as_it_is(tensor: Tensor) -> Tensor:

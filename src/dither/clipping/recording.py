@@ -56,7 +56,7 @@ def _check_mode() -> None:
 
 def _check_buffers(before: Mapping[str, Tensor], model: nn.Module, recorder: Recorder) -> None:
     """Raise BufferUpdateError for a buffer that another tensor took the place of, unless that is a constant."""
-    constants = {id(tensor) for tensor in recorder.kinds.constants()}
+    constants = {id(tensor) for tensor in recorder.kinds.constants()} | set(recorder.kinds.made)
     for name, buffer in model.named_buffers():
         if name in before and before[name] is not buffer and id(buffer) not in constants:
             raise BufferUpdateError(
