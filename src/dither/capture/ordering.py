@@ -116,16 +116,22 @@ def _keeps(name: str) -> bool:
     return plain in _KEEPING or plain.endswith("_loss") or (name.startswith("__i") and plain[1:] in _KEEPING)
 
 
-def reordered(function: Any, args: Any, kwargs: Any) -> Sequence[Tensor]:
-    """The tensors whose rows the function may pick by what a tensor, a list or an array holds; none for most."""
+def reordered(function: Any, args: Any, kwargs: Any, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The tensors whose rows the function may pick by what a tensor, a list or an array holds; none for most.
+
+    Args:
+        function: of torch.
+        args: of its call.
+        kwargs: likewise.
+        tensors: all that are among these.
+    """
     name = name_of(function)
     if name in ("__getitem__", "__setitem__"):
-        return tensors_in(args, kwargs) if any(_chooses(part) for part in parts_of(args[1])) else ()
+        return tensors if any(_chooses(part) for part in parts_of(args[1])) else ()
     if name == "embedding":
         return tensors_in(args[1:2], kwargs.get("input"))
     if _keeps(name):
         return ()
-    tensors = tensors_in(args, kwargs)
     if name == "repeat_interleave" and len(tensors) == 1:  # by a number, which is in the options
         return ()
     return tensors if _is_listed(name) or any(_may_say_where(tensor) for tensor in tensors) else ()
@@ -133,7 +139,7 @@ def reordered(function: Any, args: Any, kwargs: Any) -> Sequence[Tensor]:
 
 def _may_say_where(tensor: Tensor) -> bool:
     """Whether an operation may move other tensors' rows by what this one holds."""
-    return tensor.layout != torch.strided or not (tensor.is_floating_point() or tensor.is_complex())
+    return not (tensor.is_floating_point() or tensor.is_complex()) or tensor.layout != torch.strided
 
 
 def _chooses(part: Any) -> bool:

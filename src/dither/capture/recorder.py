@@ -156,7 +156,7 @@ class Recorder(TorchFunctionMode):
 
     def _gave(self, output: Any) -> None:
         """An operation's results are new tensors, also where they have the place of old ones."""
-        for tensor in tensors_in(output):
+        for tensor in [output] if isinstance(output, Tensor) else tensors_in(output):
             self._numbers.give(tensor)
 
     def __torch_function__(
@@ -174,12 +174,13 @@ class Recorder(TorchFunctionMode):
             for tensor in tensors_in(args[:1]):  # an array of the same memory: what is written into it, nobody sees
                 self.kinds.unseen(tensor)
             return func(*map_tensors(torch.Tensor.detach, args), **kwargs)
-        output = self._dispatch(func, args, kwargs)
+        given = tensors_in(args, kwargs)
+        output = self._dispatch(func, args, kwargs, given)
         if not self._replays:
             self._trace.append((func, self._numbers.options_of(args), self._numbers.options_of(kwargs)))
             self._gave(output)
             if not self.reorders_by_data:
-                picked = reordered(func, args, kwargs)
+                picked = reordered(func, args, kwargs, given)
                 self.reorders_by_data = any(self.kinds.varies(tensor) for tensor in picked)
         return output
 
@@ -192,13 +193,15 @@ class Recorder(TorchFunctionMode):
         """What adopts the custom autograd functions of this recording."""
         return CustomNodes(self.tape, self._rules.custom, self._began, self.anchor, self.kinds.parameters_in_graph)
 
-    def _dispatch(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _dispatch(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], given: list[Tensor]
+    ) -> Any:
         kinds = self.kinds.by_id
         used: set[int] = set()
         watched: list[Tensor] = []
         batch_free = True
         follows = made = False
-        for tensor in tensors_in(args, kwargs):
+        for tensor in given:
             kind = kinds.get(id(tensor))
             if kind is None and type(tensor) is Parameter:
                 kind = self.kinds.state_behind(tensor)

@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dither.capture import operations
 from dither.capture.ordering import reordered
+from dither.capture.uses import tensors_in
 from dither.errors import CaptureError
 
 _FEWEST = 2
@@ -162,7 +163,7 @@ def _operations(node: Node) -> list[OpOverload] | None:
     try:
         operations.refuse_batch_statistics(function, args, kwargs)
         called = Tensor.__getitem__ if name == "getitem" else function
-        if reordered(called, args, kwargs):
+        if reordered(called, args, kwargs, tensors_in(args, kwargs)):
             return None
         with tensors[0].fake_mode, seen:
             function(*args, **kwargs)
