@@ -52,20 +52,22 @@ def test_rule(name, dtype):
         assert result.sensitivity == bound
 
 
-@pytest.mark.parametrize(
-    "limits",
-    [
-        {"_WORTH_GROUPS": -1, "_WORTH_A_CALL": 1 << 30},
-        {"_WORTH_GROUPS": -1, "_WORTH_A_CALL": -1},
-        {"_WORTH_GROUPS": 1 << 30, "_WORTH_A_CALL": -1, "_AT_ONCE": 3000},  # a few examples, and the rest
-    ],
-    ids=["by patches", "an example at a time", "examples as groups"],
-)
-@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("conv")])
-def test_convolutions_of_any_size(name, limits, dtype, monkeypatch):
-    """As larger convolutions are taken."""
-    for limit, value in limits.items():
-        monkeypatch.setattr(conv, limit, value)
+CONVOLUTIONS = [name for name in CASES if name.startswith("conv")]
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_convolutions_one_example_at_a_time_inside_the_rule(name, dtype, monkeypatch):
+    """As large convolutions are taken: torch's own weight gradient of each example's maps."""
+    monkeypatch.setattr(conv, "_WORTH_GROUPS", -1)
+    monkeypatch.setattr(conv, "_WORTH_A_CALL", -1)
+    test_rule(name, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32], ids=["float32"], indirect=True)  # float64 has no groups
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_convolutions_by_groups_of_some_examples(name, dtype, monkeypatch):
+    monkeypatch.setattr(conv, "_WORTH_GROUPS", 1 << 30)
+    monkeypatch.setattr(conv, "_AT_ONCE", 3000)
     test_rule(name, dtype)
 
 

@@ -80,10 +80,11 @@ class Memory:
             self.plans[key] = make()
         return self.plans[key]
 
-    def forget(self, signature: Any) -> None:
-        """Nothing is known of a signature any more: its proof failed."""
+    def forget(self, signed: int | None) -> None:
+        """Nothing is known any more of a signature, by its hash: its proof failed."""
         self.uncoupled.clear()
-        self.axes.pop(hash(signature), None)
+        if signed is not None:
+            self.axes.pop(signed, None)
 
     def likely(self, trace: int, batch: int, axes: Mapping[int, ExampleAxis | None]) -> dict[int, ExampleAxis]:
         """Where the examples lay in the same operations with other batch sizes; and remember these axes for that."""

@@ -54,7 +54,7 @@ def _check_mode() -> None:
         )
 
 
-def _check_buffers(before: Mapping[str, Tensor], model: nn.Module, recorder: Recorder) -> None:
+def check_buffers(before: Mapping[str, Tensor], model: nn.Module, recorder: Recorder) -> None:
     """Raise BufferUpdateError for a buffer that another tensor took the place of, unless that is a constant."""
     constants = {id(tensor) for tensor in recorder.kinds.constants()} | set(recorder.kinds.made)
     for name, buffer in model.named_buffers():
@@ -150,11 +150,15 @@ class Recorded:
         try:
             axes = self.decide_anew(probe, known, context) if kept is None else {**kept}
         except CaptureError:
-            self._memory.forget(signature)
+            self.forget()
             raise
         self.undecided = any(axis is None for axis in axes.values())
         with_axes(self.tape, axes)
         return anew
+
+    def forget(self) -> None:
+        """Remember nothing of what was decided: a proof of the same operations failed."""
+        self._memory.forget(self._signed)
 
     def decide_anew(
         self,
@@ -223,7 +227,7 @@ class Recording(Recorded):
             losses = loss_fn()
         recorder.kinds.check_state()
         if before:
-            _check_buffers(before, model, recorder)
+            check_buffers(before, model, recorder)
         super().__init__(model, parameters)
         self.losses = check_loss(losses)
         self.batch = int(self.losses.shape[0])

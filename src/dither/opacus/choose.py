@@ -6,6 +6,7 @@ from typing import Any
 
 import opacus.optimizers as stock_optimizers
 
+from dither.errors import UnsupportedOpError
 from dither.opacus import fast_gradient_clipping, hooks, modes, optimizers, stock
 
 REPLACED: dict[type, type] = {
@@ -29,12 +30,18 @@ _get_optimizer_class = stock_optimizers.get_optimizer_class
 
 
 def get_gsm_class(grad_sample_mode: str) -> Any:
-    """The wrapper of a mode: hooks, functorch, ew, ghost, ghost_fsdp or no_op.
+    """The wrapper of a mode: hooks, functorch, ew, ghost or no_op.
 
     Raises:
         ValueError: no such mode.
+        UnsupportedOpError: ghost_fsdp, whose shards are not recorded.
     """
     found = stock.get_gsm_class(grad_sample_mode)
+    if grad_sample_mode == "ghost_fsdp":
+        raise UnsupportedOpError(
+            "grad_sample_mode='ghost_fsdp' is not served: parameters that are shards are not recorded.",
+            fix="grad_sample_mode='ghost' on one device, or stock Opacus without dither",
+        )
     return REPLACED.get(found, found)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,7 +16,7 @@ from dither.capture.examples import ExampleAxis
 from dither.capture.probing import Seed
 from dither.clipping.collectors import NotFormed
 from dither.clipping.gradients import Gradients
-from dither.errors import CoverageError, LossShapeError
+from dither.errors import CoverageError, LossShapeError, UnsupportedOpError
 from dither.opacus import backward, provenance
 from dither.opacus.deciding import decide
 from dither.opacus.graph import Reached, reach
@@ -50,6 +50,7 @@ def clipped_backward(hooks: Any, optimizer: Any, losses: Tensor) -> None:
         )
     bound = _bound(hooks, optimizer)
     trained = [*mine[0].parameters.values(), *mine[0].kept]
+    _refuse_hooks(mine[0].parameters)
     provenance.check([p for p in trained if p.grad is not None and (provenance.known(p) or bool(p.grad.any()))])
     batch = int(losses.shape[0])
     with backward.session(reached):
@@ -59,6 +60,7 @@ def clipped_backward(hooks: Any, optimizer: Any, losses: Tensor) -> None:
         publish = [owner.prepare_backward(recordings) for owner, recordings in owners.items()]
         with untouched(backward.parameters_of(reached)):
             sums = _clipped_sums(hooks, mine, losses, bound, reached)
+            optimizer.bound_of_the_sum = max(bound, getattr(optimizer, "bound_of_the_sum", 0.0))
         parameters = mine[0].parameters
         backward.inject([parameters[n] for n in sums], list(sums.values()))
         for each in publish:
@@ -66,6 +68,16 @@ def clipped_backward(hooks: Any, optimizer: Any, losses: Tensor) -> None:
     for recording in mine:
         recording.published = True
     provenance.clipped(trained)
+
+
+def _refuse_hooks(parameters: Mapping[str, Any]) -> None:
+    """Raise UnsupportedOpError for hooks that would change a clipped sum."""
+    hooked = [n for n, p in parameters.items() if p._backward_hooks or p._post_accumulate_grad_hooks]
+    if hooked:
+        raise UnsupportedOpError(
+            f"Parameter {hooked[0]} has a gradient hook, which would change its clipped sum.",
+            fix="remove the hook, and change gradients after optimizer.step() has added the noise, if at all",
+        )
 
 
 def _bound(hooks: Any, optimizer: Any) -> float:

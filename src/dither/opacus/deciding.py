@@ -58,7 +58,12 @@ def decide(reached: Reached, roots: Sequence[Tensor], losses: Seed | None, verif
         except CoupledExamplesError as error:
             raise recording.explained(error) from error
     if losses is None and verify_loss and (anew or reached.volatile) and any(r.batch > 1 for r in recordings):
-        prove_separable(roots, seeded(), reached.loss)
+        try:
+            prove_separable(roots, seeded(), reached.loss)
+        except BaseException:
+            for recording in recordings:
+                recording.forget()
+            raise
 
 
 def _order_of_loss(reached: Reached, losses: Seed) -> tuple[Layout | None, ...]:

@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 from opacus.grad_sample.functorch import prepare_layer
-from opacus.layers.dp_rnn import RNNLinear
+from opacus.layers.dp_rnn import DPRNNBase, RNNLinear
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from dither.capture.uses import ParamUse
 from dither.clipping.collectors import NotFormed
 from dither.clipping.gradients import Gradients
-from dither.errors import CoverageError
+from dither.errors import CoverageError, UnsupportedOpError
 from dither.opacus import backward, stock
 from dither.opacus.recording import ModuleRecording
 
@@ -131,10 +132,12 @@ class GradSampleHooks(stock.GradSampleHooks):
     @torch.compiler.disable
     def _before_forward(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         forward = self._recording_state
+        if self.hooks_enabled and torch.is_grad_enabled() and isinstance(module, DPRNNBase):
+            _refuse_permuted(args)
         if forward.recording is not None:
             forward.depth += 1
             return None
-        if self.hooks_enabled and module.training and torch.is_grad_enabled():
+        if self.hooks_enabled and torch.is_grad_enabled() and _trains(module):
             kept = self.kept_parameters()
             parameters = self._to_record(kept)
             if parameters and any(p.requires_grad for p in module.parameters()):
@@ -279,6 +282,26 @@ def plain_gradients(recordings: list[ModuleRecording]) -> Callable[[], None]:
             backward.inject([recording.parameters[n] for n in reached], [sums[n] for n in reached])
 
     return publish
+
+
+def _refuse_permuted(args: Sequence[Any]) -> None:
+    """Raise UnsupportedOpError for a packed sequence in another order than the examples'.
+
+    The cells of Opacus's recurrent layers count rows as they are packed, everything else as they are given.
+    """
+    order = args[0].sorted_indices if args and isinstance(args[0], PackedSequence) else None
+    if order is not None and not torch.equal(order, torch.arange(len(order), device=order.device)):
+        raise UnsupportedOpError(
+            "A recurrent layer of Opacus is given a packed sequence whose examples were sorted by length.",
+            fix="pack with the longest first (enforce_sorted=True), or use torch's own layer, exact in any order",
+        )
+
+
+def _trains(module: nn.Module) -> bool:
+    """Whether a module, or a part of it that has trainable parameters, is in train mode."""
+    return module.training or any(
+        part.training and any(p.requires_grad for p in part.parameters(recurse=False)) for part in module.modules()
+    )
 
 
 def _is_opacus_own(kind: type, sampler: Callable[..., Any]) -> bool:

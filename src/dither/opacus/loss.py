@@ -5,6 +5,7 @@ Legend: B examples.
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -48,7 +49,10 @@ class DPTensorFastGradientClipping(stock.DPTensorFastGradientClipping):
         return format(self.item(), spec) if spec else str(self)
 
     def _with(self, losses: Tensor) -> Any:
-        return type(self)(self.module, self.optimizer, losses, self.loss_reduction)
+        """The same loss object, a subclass's settings and all, of other losses."""
+        other = copy.copy(self)
+        other.loss_per_sample = losses
+        return other
 
     def _other(self, other: Any) -> Any:
         """The per-example losses of another loss object, or the number."""

@@ -26,6 +26,10 @@ _stock_fast_zero_grad = stock.DPOptimizerFastGradientClipping.zero_grad
 class DPOptimizer(stock.DPOptimizer):
     """Clips `.grad_sample`, adds noise, steps; see `opacus.optimizers.DPOptimizer`."""
 
+    max_grad_norm: Any
+    bound_of_the_sum = 0.0
+    """The largest bound of what was summed since the last noise."""
+
     def clip_and_accumulate(self) -> None:
         """Add the sum over examples of clipped gradients to every `summed_grad`.
 
@@ -34,6 +38,16 @@ class DPOptimizer(stock.DPOptimizer):
         """
         if self.params:
             add_clipped(self.params, entries_of(self.params), self.max_grad_norm)
+            self.bound_of_the_sum = max(self.bound_of_the_sum, float(self.max_grad_norm))
+
+    def add_noise(self) -> None:
+        """Add noise for the largest bound that a part of the sum was clipped at: a schedule may lower it in between."""
+        now = self.max_grad_norm
+        self.max_grad_norm = max(now, self.bound_of_the_sum)
+        try:
+            super().add_noise()
+        finally:
+            self.max_grad_norm, self.bound_of_the_sum = now, 0.0
 
 
 class AdaClipDPOptimizer(DPOptimizer, stock.AdaClipDPOptimizer):
@@ -42,6 +56,7 @@ class AdaClipDPOptimizer(DPOptimizer, stock.AdaClipDPOptimizer):
     def clip_and_accumulate(self) -> None:
         """As `DPOptimizer`; counts the examples that were not clipped, for the next bound."""
         factors = add_clipped(self.params, entries_of(self.params), self.max_grad_norm)
+        self.bound_of_the_sum = max(self.bound_of_the_sum, float(self.max_grad_norm))
         self.sample_size += len(factors)
         self.unclipped_num += len(factors) - (factors < 1).sum()
 
@@ -66,7 +81,7 @@ class SimpleDistributedPerLayerOptimizer(DPPerLayerOptimizer, DistributedDPOptim
     """Both of its bases."""
 
 
-class DPOptimizerFastGradientClipping(stock.DPOptimizerFastGradientClipping):
+class DPOptimizerFastGradientClipping(stock.DPOptimizerFastGradientClipping, DPOptimizer):
     """Adds noise to gradients that flash clipping summed; see `opacus.optimizers.DPOptimizerFastGradientClipping`."""
 
     _batches = 1

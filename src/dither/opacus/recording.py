@@ -22,7 +22,7 @@ from dither.capture.places import alias
 from dither.capture.recorder import Recorder
 from dither.capture.uses import OpCall, ParamUse, map_tensors
 from dither.clipping.memory import memory_of
-from dither.clipping.recording import Recorded, constants_of
+from dither.clipping.recording import Recorded, check_buffers, constants_of
 from dither.errors import CoupledExamplesError
 from dither.opacus.graph import mark
 from dither.rules import table
@@ -67,6 +67,7 @@ class ModuleRecording(Recorded):
         self, model: nn.Module, parameters: dict[str, Tensor], batch_first: bool, free: set[int] | None = None
     ) -> None:
         super().__init__(model, parameters)
+        self._model = model
         self._batch_first = batch_first
         self.free: set[int] = set() if free is None else free
         self.known: dict[int, ExampleAxis] = {}
@@ -93,6 +94,7 @@ class ModuleRecording(Recorded):
     def start(self, inputs: Any) -> Any:
         """Start recording, and return what the module's forward is to be given."""
         inputs = self._follow(inputs)
+        self._buffers = dict(self._model.named_buffers())
         self.recorder.__enter__()
         return inputs
 
@@ -129,8 +131,10 @@ class ModuleRecording(Recorded):
             output: what it returned, of any structure.
         """
         self.recorder.__exit__(None, None, None)
+        self.recorder.kinds.check_state()
+        check_buffers(self._buffers, self._model, self.recorder)
         self.take(self.recorder)
-        del self.recorder
+        del self.recorder, self._buffers, self._model
         given = list(tensors_of(inputs))
         returned = [t for t in tensors_of(output) if t.requires_grad and not any(t is other for other in given)]
         self.batch = self._batch_size(given, returned)
