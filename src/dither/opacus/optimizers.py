@@ -5,7 +5,8 @@ Legend: B examples.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import opacus.optimizers as stock
@@ -42,12 +43,8 @@ class DPOptimizer(stock.DPOptimizer):
 
     def add_noise(self) -> None:
         """Add noise for the largest bound that a part of the sum was clipped at: a schedule may lower it in between."""
-        now = self.max_grad_norm
-        self.max_grad_norm = max(now, self.bound_of_the_sum)
-        try:
+        with _at_the_largest_bound(self):
             super().add_noise()
-        finally:
-            self.max_grad_norm, self.bound_of_the_sum = now, 0.0
 
 
 class AdaClipDPOptimizer(DPOptimizer, stock.AdaClipDPOptimizer):
@@ -105,6 +102,11 @@ class DPOptimizerFastGradientClipping(stock.DPOptimizerFastGradientClipping, DPO
         _stock_accumulate(self)
         provenance.forget(self.params)
 
+    def add_noise(self) -> None:
+        """As `DPOptimizer`."""
+        with _at_the_largest_bound(self):
+            super().add_noise()
+
     def zero_grad(self, set_to_none: bool = False) -> None:
         """Clear `.grad`, and `summed_grad` unless a skipped step holds it."""
         _stock_fast_zero_grad(self, set_to_none)
@@ -114,6 +116,17 @@ class DPOptimizerFastGradientClipping(stock.DPOptimizerFastGradientClipping, DPO
 
 class DistributedDPOptimizerFastGradientClipping(DPOptimizerFastGradientClipping, _StockDistributedFast):
     """Sums over ranks, noise on the first; see Opacus's class of this name."""
+
+
+@contextmanager
+def _at_the_largest_bound(optimizer: Any) -> Iterator[None]:
+    """The optimizer's bound is no smaller inside than any that a part of its sum was clipped at."""
+    now = optimizer.max_grad_norm
+    optimizer.max_grad_norm = max(now, optimizer.bound_of_the_sum)
+    try:
+        yield
+    finally:
+        optimizer.max_grad_norm, optimizer.bound_of_the_sum = now, 0.0
 
 
 def entries_of(parameters: Sequence[Any]) -> list[list[Tensor]]:
