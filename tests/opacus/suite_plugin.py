@@ -54,7 +54,7 @@ def pytest_configure(config):
     seed_only_what_is_there()
     dither.opacus.install()
     # Opacus's tests leave the number of drawn examples to hypothesis, which takes 100; EXAMPLES=100 does as they do.
-    settings.register_profile("suite", max_examples=int(os.environ.get("EXAMPLES", "10")))
+    settings.register_profile("suite", max_examples=int(os.environ.get("EXAMPLES", "5")))
     settings.load_profile("suite")
 
 
