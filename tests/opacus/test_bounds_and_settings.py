@@ -123,11 +123,11 @@ def test_a_buffer_that_is_replaced_by_a_statistic_is_refused():
 class Packed(nn.Module):
     def __init__(self):
         super().__init__()
-        self.rnn = DPLSTM(3, 4, batch_first=True)
+        self.rnn, self.last = DPLSTM(3, 4, batch_first=True), nn.Linear(4, 2)
 
     def forward(self, x, lengths):
         _, (h, _) = self.rnn(pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False))
-        return h[-1]
+        return self.last(h[-1])
 
 
 @pytest.mark.filterwarnings("ignore:Full backward hook")  # of the first state, which is zeros

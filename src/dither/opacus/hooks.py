@@ -133,7 +133,7 @@ class GradSampleHooks(stock.GradSampleHooks):
     def _before_forward(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         forward = self._recording_state
         if self.hooks_enabled and torch.is_grad_enabled() and isinstance(module, DPRNNBase):
-            _refuse_permuted(args)
+            _refuse_permuted(self._module, module, args)
         if forward.recording is not None:
             forward.depth += 1
             return None
@@ -284,13 +284,16 @@ def plain_gradients(recordings: list[ModuleRecording]) -> Callable[[], None]:
     return publish
 
 
-def _refuse_permuted(args: Sequence[Any]) -> None:
+def _refuse_permuted(model: nn.Module, layer: nn.Module, args: Sequence[Any]) -> None:
     """Raise UnsupportedOpError for a packed sequence in another order than the examples'.
 
     The cells of Opacus's recurrent layers count rows as they are packed, everything else as they are given.
     """
     order = args[0].sorted_indices if args and isinstance(args[0], PackedSequence) else None
-    if order is not None and not torch.equal(order, torch.arange(len(order), device=order.device)):
+    if order is None or torch.equal(order, torch.arange(len(order), device=order.device)):
+        return
+    own = {id(p) for p in layer.parameters()}
+    if any(p.requires_grad and id(p) not in own for p in model.parameters()):
         raise UnsupportedOpError(
             "A recurrent layer of Opacus is given a packed sequence whose examples were sorted by length.",
             fix="pack with the longest first (enforce_sorted=True), or use torch's own layer, exact in any order",
