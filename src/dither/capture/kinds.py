@@ -159,9 +159,7 @@ class Kinds:
             kind = self.by_id.get(id(tensor))
             if kind is not None and kind[0] == BUFFER:
                 raise _updated(tensor, name)
-            self._forget(id(tensor))
-        for number in self._constants_at.pop(operations.memory_of(target), ()):
-            self._forget(number)
+            self.unseen(tensor)
 
     def unseen(self, tensor: Tensor) -> None:
         """A tensor may be written into without a torch function: it is no constant, nor is what shares its memory."""

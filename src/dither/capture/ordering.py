@@ -107,7 +107,7 @@ _PLAIN = frozenset(_OPTIONS)
 
 @lru_cache(maxsize=4096)
 def _is_listed(name: str) -> bool:
-    return (name if name.startswith("__") else name.removesuffix("_")) in _REORDERING
+    return name.removesuffix("_") in _REORDERING
 
 
 @lru_cache(maxsize=4096)
