@@ -124,11 +124,13 @@ OPTIONS = {
 
 OPACUS_NAMES = """
     AbstractGradSampleHooks AbstractGradSampleModule AdaClipDPOptimizer BatchMemoryManager DPDataLoader
-    DPLossFastGradientClipping DPOptimizer DPOptimizerFastGradientClipping DPPerLayerOptimizer
-    DPTensorFastGradientClipping DifferentiallyPrivateDistributedDataParallel DistributedDPOptimizer
+    DPLossFastGradientAdaptiveClipping DPLossFastGradientClipping DPOptimizer DPOptimizerFastGradientClipping
+    DPPerLayerOptimizer DPTensorFastGradientAdaptiveClipping DPTensorFastGradientClipping
+    DifferentiallyPrivateDistributedDataParallel DistributedDPOptimizer
     DistributedDPOptimizerFastGradientClipping GaussianAccountant GradSampleHooks GradSampleHooksFastGradientClipping
     GradSampleHooksNoOp GradSampleModule GradSampleModuleExpandedWeights GradSampleModuleFastGradientClipping
-    GradSampleModuleNoOp ModuleValidator PRVAccountant PrivacyEngine RDPAccountant SimpleDistributedPerLayerOptimizer
+    GradSampleModuleNoOp ModuleValidator PRVAccountant PrivacyEngine PrivacyEngineAdaptiveClipping RDPAccountant
+    SimpleDistributedPerLayerOptimizer
     create_or_accumulate_grad_sample get_gsm_class get_hooks_class get_noise_multiplier get_optimizer_class install
     installed opacus_version prepare_module register_grad_sampler register_module_fixer register_module_validator
     register_norm_sampler switch_generator uninstall wrap_collate_with_empty wrap_data_loader wrap_model

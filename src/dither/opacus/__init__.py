@@ -13,6 +13,11 @@ from opacus.grad_sample import create_or_accumulate_grad_sample, register_grad_s
 from opacus.utils.batch_memory_manager import BatchMemoryManager, wrap_data_loader
 from opacus.validators import ModuleValidator, register_module_fixer, register_module_validator
 
+from dither.opacus.adaptive import (
+    DPLossFastGradientAdaptiveClipping,
+    DPTensorFastGradientAdaptiveClipping,
+    PrivacyEngineAdaptiveClipping,
+)
 from dither.opacus.choose import get_gsm_class, get_hooks_class, get_optimizer_class, prepare_module, wrap_model
 from dither.opacus.fast_gradient_clipping import (
     GradSampleHooksFastGradientClipping,
@@ -40,10 +45,12 @@ __all__ = [
     "AdaClipDPOptimizer",
     "BatchMemoryManager",
     "DPDataLoader",
+    "DPLossFastGradientAdaptiveClipping",
     "DPLossFastGradientClipping",
     "DPOptimizer",
     "DPOptimizerFastGradientClipping",
     "DPPerLayerOptimizer",
+    "DPTensorFastGradientAdaptiveClipping",
     "DPTensorFastGradientClipping",
     "DifferentiallyPrivateDistributedDataParallel",
     "DistributedDPOptimizer",
@@ -59,6 +66,7 @@ __all__ = [
     "ModuleValidator",
     "PRVAccountant",
     "PrivacyEngine",
+    "PrivacyEngineAdaptiveClipping",
     "RDPAccountant",
     "SimpleDistributedPerLayerOptimizer",
     "create_or_accumulate_grad_sample",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,13 +23,16 @@ from dither.opacus.graph import Reached, reach
 from dither.opacus.recording import ModuleRecording
 
 
-def clipped_backward(hooks: Any, optimizer: Any, losses: Tensor) -> None:
+def clipped_backward(
+    hooks: Any, optimizer: Any, losses: Tensor, moved_bound: Callable[[Tensor], float] | None = None
+) -> None:
     """Add the sum over examples of clipped gradients to `.grad` of every parameter of the module.
 
     Args:
         hooks: a `GradSampleHooksFastGradientClipping`.
         optimizer: the `DPOptimizerFastGradientClipping` that takes the gradients.
         losses: (B,), with their graph.
+        moved_bound: of the norms, (B,): the bound to clip them at; None for the module's and the optimizer's own.
 
     Raises:
         LossShapeError: the losses are not one number per example of the module's batch.
@@ -48,7 +51,7 @@ def clipped_backward(hooks: Any, optimizer: Any, losses: Tensor) -> None:
             "Poisson sampling is not compatible with grad accumulation. Call optimizer.step() after every "
             "forward/backward pass, or use BatchMemoryManager"
         )
-    bound = _bound(hooks, optimizer)
+    own_bound = _bound(hooks, optimizer)
     trained = [*mine[0].parameters.values(), *mine[0].kept]
     _refuse_hooks(mine[0].parameters)
     provenance.check([p for p in trained if p.grad is not None and (provenance.known(p) or bool(p.grad.any()))])
@@ -59,7 +62,7 @@ def clipped_backward(hooks: Any, optimizer: Any, losses: Tensor) -> None:
             decide(reached, [losses], seed, False)
         publish = [owner.prepare_backward(recordings) for owner, recordings in owners.items()]
         with untouched(backward.parameters_of(reached)):
-            sums = _clipped_sums(hooks, mine, losses, bound, reached)
+            sums, bound = _clipped_sums(hooks, mine, losses, moved_bound or (lambda norms: own_bound), reached)
             optimizer.bound_of_the_sum = max(bound, getattr(optimizer, "bound_of_the_sum", 0.0))
         parameters = mine[0].parameters
         backward.inject([parameters[n] for n in sums], list(sums.values()))
@@ -117,9 +120,13 @@ def _check(recordings: Sequence[ModuleRecording], losses: Tensor, hooks: Any) ->
 
 
 def _clipped_sums(
-    hooks: Any, recordings: Sequence[ModuleRecording], losses: Tensor, bound: float, reached: Reached
-) -> dict[str, Tensor]:
-    """By name, the sum over examples of clipped gradients."""
+    hooks: Any,
+    recordings: Sequence[ModuleRecording],
+    losses: Tensor,
+    bound_of: Callable[[Tensor], float],
+    reached: Reached,
+) -> tuple[dict[str, Tensor], float]:
+    """By name, the sum over examples of clipped gradients; and the bound that the norms were clipped at."""
     parameters, kept = recordings[0].parameters, recordings[0].kept
     sums = {n: torch.zeros_like(p, requires_grad=False) for n, p in parameters.items()}
     # The loss is sent back as the user's reduction has it, for the sake of whatever else it reaches.
@@ -133,6 +140,7 @@ def _clipped_sums(
     with torch.no_grad():
         norms = hooks.set_norms(recordings[0], gradients, scale)
         dropped = ~torch.isfinite(norms)
+        bound = bound_of(norms)
         factors = torch.where(dropped, 0.0, (bound / (norms + 1e-6)).clamp(max=1.0))
     if again:
         others = [leaf for leaf in reached.leaves if not any(leaf is p for p in kept)]
@@ -142,7 +150,7 @@ def _clipped_sums(
         factors = factors * scale
     with torch.no_grad():
         gradients.add_weighted_sum(factors, sums, dropped)
-    return sums
+    return sums, bound
 
 
 def _second_pass(

@@ -14,15 +14,19 @@ from typing import Any
 
 import opacus.optimizers as stock_optimizers
 from opacus import PrivacyEngine as _StockPrivacyEngine
+from opacus.utils import adaptive_clipping as stock_adaptive
 from opacus.utils import fast_gradient_clipping_utils as stock_loss
 
-from dither.opacus import choose, loss, privacy_engine, stock
+from dither.opacus import adaptive, choose, loss, privacy_engine, stock
 
 CLASSES: dict[type, type] = {
     **{theirs: ours for theirs, ours in choose.REPLACED.items() if not theirs.__module__.startswith("dither.")},
     _StockPrivacyEngine: privacy_engine.PrivacyEngine,
     stock_loss.DPLossFastGradientClipping: loss.DPLossFastGradientClipping,
     stock_loss.DPTensorFastGradientClipping: loss.DPTensorFastGradientClipping,
+    stock_adaptive.PrivacyEngineAdaptiveClipping: adaptive.PrivacyEngineAdaptiveClipping,
+    stock_adaptive.DPLossFastGradientAdaptiveClipping: adaptive.DPLossFastGradientAdaptiveClipping,
+    stock_adaptive.DPTensorFastGradientAdaptiveClipping: adaptive.DPTensorFastGradientAdaptiveClipping,
 }
 """Opacus's classes and the subclasses that replace them."""
 

@@ -128,9 +128,13 @@ class DPLossFastGradientClipping(stock.DPLossFastGradientClipping):
             shape: for a loss of flattened tokens, the shape (B, T, ...) of the predictions before flattening.
             kwargs: of the criterion.
         """
-        losses, reduces = _unreduced(self.criterion, args, kwargs)
-        losses = _per_example(losses, reduces, self, args, kwargs, shape)
+        losses = self.losses(args, kwargs, shape)
         return DPTensorFastGradientClipping(self.module, self.optimizer, losses, self.loss_reduction)
+
+    def losses(self, args: Any, kwargs: Any, shape: Any = None) -> Tensor:
+        """One loss per example, (B,); arguments as of a call."""
+        losses, reduces = _unreduced(self.criterion, args, kwargs)
+        return _per_example(losses, reduces, self, args, kwargs, shape)
 
 
 def _unreduced(criterion: Any, args: Any, kwargs: Any) -> tuple[Any, bool]:
