@@ -17,7 +17,7 @@ from dither.capture.probing import Seed
 from dither.clipping.collectors import NotFormed
 from dither.clipping.gradients import Gradients
 from dither.errors import CoverageError, LossShapeError, UnsupportedOpError
-from dither.opacus import backward, provenance
+from dither.opacus import backward, batches, provenance
 from dither.opacus.deciding import decide
 from dither.opacus.graph import Reached, reach
 from dither.opacus.recording import ModuleRecording
@@ -44,6 +44,7 @@ def clipped_backward(
     mine = owners.pop(hooks, [])
     _check(mine, losses, hooks)
     waiting = provenance.clipped_sums(optimizer.params)
+    batches.check_order(mine, bool(waiting) or batches.sum_waits(optimizer.params))
     if not waiting:
         optimizer.zero_grad()
     elif not hooks.grad_accumulation_allowed:
@@ -68,8 +69,7 @@ def clipped_backward(
         backward.inject([parameters[n] for n in sums], list(sums.values()))
         for each in publish:
             each()
-    for recording in mine:
-        recording.published = True
+    batches.publish(mine, None, hooks.alive())
     provenance.clipped(trained)
 
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from dither.clipping.gradients import Gradients
 from dither.clipping.plan import Plan, check_strategy
 from dither.errors import CoverageError
-from dither.opacus import backward, provenance, stock
-from dither.opacus.hooks import GradSampleHooks, check_same_batch, plain_gradients, receiver
+from dither.opacus import backward, batches, provenance, stock
+from dither.opacus.hooks import GradSampleHooks, plain_gradients, receiver
 from dither.opacus.recording import ModuleRecording
 
 _stock_init = stock.GradSampleHooksFastGradientClipping.__init__
@@ -58,7 +58,7 @@ class GradSampleHooksFastGradientClipping(GradSampleHooks, stock.GradSampleHooks
         Raises:
             CoverageError: the recordings have different numbers of examples.
         """
-        check_same_batch(recordings)
+        batches.check_same_batch(recordings)
         gradients = Gradients(recordings, strategy or self.strategy, self.memory_budget)
         for recording in recordings:
             recording.tape.sink = receiver(recording, gradients, scale, forget)

@@ -21,8 +21,8 @@ from torch.nn.utils.rnn import PackedSequence
 from dither.capture.uses import ParamUse
 from dither.clipping.collectors import NotFormed
 from dither.clipping.gradients import Gradients
-from dither.errors import CoverageError, UnsupportedOpError
-from dither.opacus import backward, stock
+from dither.errors import UnsupportedOpError
+from dither.opacus import backward, batches, stock
 from dither.opacus.recording import ModuleRecording
 
 
@@ -162,6 +162,10 @@ class GradSampleHooks(stock.GradSampleHooks):
             if recording.tape.calls:
                 forward.alive.add(recording)
 
+    def alive(self) -> Iterator[ModuleRecording]:
+        """The recorded forwards whose outputs still exist."""
+        return iter(self._recording_state.alive)
+
     @contextmanager
     def quiet_hooks(self) -> Iterator[None]:
         """Per-layer hooks of kept samplers are silent inside."""
@@ -181,7 +185,7 @@ class GradSampleHooks(stock.GradSampleHooks):
         """Per-example gradients are formed as output gradients arrive; with hooks disabled, ordinary ones."""
         if not self.hooks_enabled:
             return plain_gradients(recordings)
-        check_same_batch(recordings)
+        batches.check_same_batch(recordings)
         formed = []
         for recording in recordings:
             gradients = Gradients([recording], "hold", None)
@@ -191,25 +195,22 @@ class GradSampleHooks(stock.GradSampleHooks):
 
     def _publish(self, recordings: list[ModuleRecording], formed: list[Gradients]) -> None:
         """Set `.grad_sample`, (B, *shape), and accumulate `.grad`, for every recorded parameter."""
-        batch = recordings[0].batch
-        merges = any(recording.published or recording.merges for recording in recordings)
-        injected: list[tuple[Tensor, Tensor]] = []
-        for name, parameter in recordings[0].parameters.items():
-            total: Tensor | None = None
+        scale = self.loss_scale(max(1, recordings[0].batch))
+        totals: dict[str, Tensor] = {}
+        for name in recordings[0].parameters:
             for gradients in formed:
                 part = gradients.formed(name)
                 if part is not None:
-                    total = part if total is None else total + part
+                    totals[name] = totals[name] + part if name in totals else part
+        batch = batches.batch_of(recordings, recordings[0].parameters, totals.keys())
+        injected: list[tuple[Tensor, Tensor]] = []
+        for name, parameter in recordings[0].parameters.items():
+            total = totals.get(name)
+            batches.put(parameter, total, batch)
             if total is not None:
                 whole = total.sum(0) if len(total) else torch.zeros_like(parameter)
-                injected.append((parameter, (whole / self.loss_scale(max(1, batch))).to(parameter.dtype)))
-            else:
-                total = torch.zeros((), dtype=parameter.dtype, device=parameter.device).expand(batch, *parameter.shape)
-            _append(parameter, total, merges)
-        for recording in self._recording_state.alive:
-            recording.merges |= not recording.published and not any(recording is r for r in recordings)
-        for recording in recordings:
-            recording.published = True
+                injected.append((parameter, (whole / scale).to(parameter.dtype)))
+        batches.publish(recordings, batch, self.alive())
         backward.inject([p for p, _ in injected], [g for _, g in injected])
         samples = [getattr(p, "grad_sample", None) for p in recordings[0].parameters.values()]
         if not self.grad_accumulation_allowed and any(isinstance(s, list) and len(s) > 1 for s in samples):
@@ -217,20 +218,6 @@ class GradSampleHooks(stock.GradSampleHooks):
                 "Poisson sampling is not compatible with grad accumulation. Call optimizer.step() after every "
                 "forward/backward pass, or use BatchMemoryManager"
             )
-
-
-def check_same_batch(recordings: Sequence[ModuleRecording]) -> None:
-    """Raise CoverageError if forwards of different numbers of examples are behind one loss: which is which?"""
-    if len({recording.batch for recording in recordings}) > 1:
-        raise _different_sizes([recording.batch for recording in recordings])
-
-
-def _different_sizes(sizes: Sequence[int]) -> CoverageError:
-    return CoverageError(
-        f"Forwards of {sorted(sizes)} examples are in one loss. Row i of each would count as one example, so that "
-        "leaving out one example changes every other.",
-        fix="call the module and send its loss back before the next forward, or give both as many examples",
-    )
 
 
 def receiver(recording: ModuleRecording, gradients: Gradients, scale: float, forget: bool = False) -> backward.Sink:
@@ -318,22 +305,6 @@ def _make_ready(parameter: Any) -> None:
         parameter.grad_sample = None
     if not hasattr(parameter, "_forward_counter"):
         parameter._forward_counter = 0
-
-
-def _append(parameter: Any, gradients: Tensor, merges: bool) -> None:
-    """Set `.grad_sample`, make it a list of batches, or add to the last batch."""
-    before = parameter.grad_sample
-    if before is None:
-        parameter.grad_sample = gradients
-        return
-    entries = before if isinstance(before, list) else [before]
-    if merges and not hasattr(entries[-1], "_processed"):
-        if len(entries[-1]) != len(gradients):
-            raise _different_sizes([len(entries[-1]), len(gradients)])
-        entries = [*entries[:-1], entries[-1] + gradients]
-    else:
-        entries = [*entries, gradients]
-    parameter.grad_sample = entries[0] if len(entries) == 1 else entries
 
 
 class GradSampleModule(GradSampleHooks, stock.GradSampleModule):

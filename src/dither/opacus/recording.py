@@ -76,9 +76,10 @@ class ModuleRecording(Recorded):
         self.input_sizes: set[int] = set()
         self.output_sizes: set[int] = set()
         self.kept: list[Any] = []  # parameters in the care of a registered sampler
-        self.published = False
+        self.published = False  # whether it was sent back
+        self.published_in: Any = None  # the batch of .grad_sample that it was sent back into
+        self.overtaken = False  # whether, before it was, another forward was
         self.keeps_inputs = True
-        self.merges = False
         self.hooks: Callable[[], Any] = lambda: None
         self.late: list[tuple[int, Tensor]] = []
         self.end_pass()
