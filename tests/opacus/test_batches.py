@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from limits_measure import clipped_sum
-from test_adversarial_steps import Private
+from test_adversarial_steps import Private, network
 from torch import Tensor, nn
 
 import oracle
@@ -105,6 +105,64 @@ def test_what_was_dropped_does_not_count(mode):
     private.optimizer.zero_grad()
     second()
     private.optimizer.step()
+
+
+# --- two forwards in one loss: row i of both is one example ---
+
+
+def send_sum(private: WithCriterion, *inputs: Tensor) -> None:
+    losses = sum(loss(private.wrapped(x)) for x in inputs)
+    losses.mean().backward() if private.mode == "hooks" else private.criterion(losses).backward()
+
+
+@each_mode
+@pytest.mark.parametrize(
+    "parts",
+    [
+        lambda x: x.chunk(2),
+        lambda x: (x[:3], x[5:]),
+        lambda x: x.split(1),
+        lambda x: [row[None] for row in x],
+    ],
+    ids=["chunks", "ranges", "examples", "rows"],
+)
+def test_parts_of_one_batch_in_one_loss_are_refused(mode, parts):
+    with pytest.raises(CoverageError, match="different rows of one tensor"):
+        send_sum(WithCriterion(mode), *parts(torch.randn(8, 5)))
+
+
+@each_mode
+@pytest.mark.parametrize(
+    "views",
+    [
+        lambda: torch.randn(2, 4, 5).unbind(),
+        lambda: torch.randn(4, 2, 5).unbind(1),
+        lambda: torch.randn(4, 10).chunk(2, 1),
+        lambda: [part.clone() for part in torch.randn(8, 5).chunk(2)],
+        lambda: [torch.randn(4, 5)] * 2,
+        lambda: [torch.randn(8, 5)[:4]] * 2,
+    ],
+    ids=["stacked", "pairs", "halves", "copies", "twice", "a range twice"],
+)
+def test_views_of_the_same_examples_in_one_loss_are_clipped_together(mode, views):
+    private, inputs = WithCriterion(mode), views()
+    send_sum(private, *inputs)
+    private.optimizer.step()
+    plain = network()
+    truth = clipped_sum(oracle.per_example_gradients(plain, lambda: sum(loss(plain(x)) for x in inputs)))
+    found = {name: p.summed_grad for name, p in private.model.named_parameters()}
+    assert oracle.relative_error(found, truth) <= 1e-10
+
+
+def test_parts_of_one_batch_sent_back_apart_are_exact():
+    private, x = WithCriterion("hooks"), torch.randn(8, 5)
+    for part in x.chunk(2):
+        send_sum(private, part)
+    private.optimizer.step()
+    plain = network()
+    truth = clipped_sum(oracle.per_example_gradients(plain, lambda: loss(plain(x))))
+    found = {name: p.summed_grad for name, p in private.model.named_parameters()}
+    assert oracle.relative_error(found, truth) <= 1e-10
 
 
 # --- two losses over one forward ---

@@ -49,6 +49,21 @@ def check_same_batch(recordings: Sequence[ModuleRecording]) -> None:
         raise _different_sizes([recording.batch for recording in recordings])
 
 
+def refuse_parts(recordings: Sequence[ModuleRecording]) -> None:
+    """Raise CoverageError if forwards behind one loss took different rows of one tensor: two examples, not one."""
+    first: dict[Any, ModuleRecording] = {}
+    for recording in recordings:
+        earlier = first.setdefault(recording.hooks(), recording)
+        if recording.takes_other_rows(earlier):
+            raise CoverageError(
+                "Forwards of different rows of one tensor are in one loss. Row i of each would count as one example, "
+                "so that several examples were clipped as one.",
+                fix="send each part's loss back before the next forward (with Poisson sampling: use "
+                "BatchMemoryManager). If the parts are views of the same examples, give each a tensor of its own: "
+                "model(x[:n].clone())",
+            )
+
+
 def batch_of(recordings: Sequence[ModuleRecording], parameters: Mapping[str, Any], reached: Collection[str]) -> Batch:
     """The waiting batch that a pass adds to, or a new one.
 

@@ -17,6 +17,7 @@ from dither.capture.examples import ExampleAxis, Layout, candidates
 from dither.capture.layouts import Places, Probe, decide_examples
 from dither.capture.probing import Seed, send_back, send_back_to
 from dither.errors import CaptureError, CoupledExamplesError, CoverageError, ExampleAxisError
+from dither.opacus.batches import refuse_parts
 from dither.opacus.broadcast import refuse_outer_differences
 from dither.opacus.graph import Place, Reached
 from dither.opacus.recording import ModuleRecording
@@ -40,6 +41,7 @@ def decide(reached: Reached, roots: Sequence[Tensor], losses: Seed | None, verif
     recordings: list[ModuleRecording] = [owner for owner in reached.owners if owner.batch]
     if losses is not None or verify_loss:
         refuse_outer_differences(reached.loss, [recording.batch for recording in recordings])
+    refuse_parts(recordings)
     for recording in recordings:
         recording.place_inputs()
         recording.edges = reached.calls.get(id(recording), {})

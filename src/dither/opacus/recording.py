@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -53,6 +53,41 @@ def tensors_of(tree: Any, depth: int = 8) -> Iterator[Tensor]:
         yield from tensors_of(vars(tree), depth - 1)
 
 
+@dataclass(frozen=True)
+class _Slice:
+    """A tensor that is a part of another with as many axes, which is alive.
+
+    Attributes:
+        memory: address of the whole's memory.
+        offset: where in it the part begins.
+        shape: of the part.
+        stride: of the part.
+        whole: shape of the whole.
+    """
+
+    memory: int
+    offset: int
+    shape: torch.Size
+    stride: tuple[int, ...]
+    whole: torch.Size
+
+    @staticmethod
+    def of(tensor: Tensor) -> _Slice | None:
+        """The tensor as a part of another, if it is one."""
+        whole = tensor._base if type(tensor) is Tensor and tensor.layout == torch.strided else None
+        if whole is None or whole.dim() != tensor.dim():
+            return None
+        memory, offset = tensor.untyped_storage().data_ptr(), int(tensor.storage_offset())
+        return _Slice(memory, offset, tensor.shape, tensor.stride(), whole.shape)
+
+    def is_apart_from(self, other: _Slice, axis: int) -> bool:
+        """Whether both are ranges on one axis of the same tensor, one behind the other."""
+        rest = [a for a in range(len(self.shape)) if a != axis]
+        same = (self.memory, self.shape, self.stride) == (other.memory, other.shape, other.stride)
+        ranges = same and all(self.shape[a] == self.whole[a] for a in rest)
+        return ranges and abs(self.offset - other.offset) >= self.shape[axis] * self.stride[axis] > 0
+
+
 class ModuleRecording(Recorded):
     """A forward pass of a module under the recorder.
 
@@ -72,6 +107,7 @@ class ModuleRecording(Recorded):
         self.free: set[int] = set() if free is None else free
         self.known: dict[int, ExampleAxis] = {}
         self._given: list[Tensor] = []
+        self._slices: list[_Slice | None] = []
         self.followed: dict[int, GradientEdge] = {}
         self.input_sizes: set[int] = set()
         self.output_sizes: set[int] = set()
@@ -94,6 +130,7 @@ class ModuleRecording(Recorded):
 
     def start(self, inputs: Any) -> Any:
         """Start recording, and return what the module's forward is to be given."""
+        self._slices = [_Slice.of(tensor) for tensor in tensors_of(inputs)]
         inputs = self._follow(inputs)
         self._buffers = dict(self._model.named_buffers())
         self.recorder.__enter__()
@@ -146,7 +183,7 @@ class ModuleRecording(Recorded):
 
     def place_inputs(self) -> None:
         """Where the examples lie in the inputs, and in operations on them, now that the batch size is certain."""
-        given, self._given = self._given, []
+        given, self._given, self._slices = self._given, [], []
         self.known |= self._anchored(given)
         for position, tensor in enumerate(given):
             if not self._is_batched(tensor):
@@ -156,6 +193,18 @@ class ModuleRecording(Recorded):
                 self.followed.pop(index, None)
             elif index in self.followed:
                 self.known[index] = ExampleAxis(self.axis_of(tensor.dim()), 1, self.batch, 1)
+
+    def takes_other_rows(self, other: ModuleRecording) -> bool:
+        """Whether both forwards took all their examples from the same tensors, and different rows of them."""
+        if not len(self._given) == len(self._slices) == len(other._slices) == len(other._given):
+            return False
+        pairs = list(zip(self._given, self._slices, other._slices, strict=True))
+        found = [
+            mine is not None and theirs is not None and mine.is_apart_from(theirs, self.axis_of(tensor.dim()))
+            for tensor, mine, theirs in pairs
+            if self._is_batched(tensor)
+        ]
+        return bool(found) and all(found)
 
     def deliver_late(self, late: Sequence[tuple[int, Tensor]]) -> None:
         """Hand over output gradients whose places are decided only now."""
