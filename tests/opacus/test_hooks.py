@@ -374,6 +374,54 @@ def test_forwards_of_different_sizes_in_one_loss_are_refused():
         (wrapped(torch.randn(4, 3)).mean() + wrapped(torch.randn(3, 3)).mean()).backward()
 
 
+class Tokens(nn.Module):
+    """Every layer has a row per token."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.last(self.first(x.flatten(0, 1)).tanh()).unflatten(0, x.shape[:2])
+
+
+@pytest.mark.parametrize("kind", [GradSampleHooks, GradSampleModule])
+def test_a_forward_method_that_is_called_directly_is_refused(kind):
+    model, x = Tokens(), torch.randn(5, 7, 3)
+    hooks = kind(model)
+    with pytest.raises(errors.ExampleAxisError, match=r"model\(x\), not model\.forward\(x\)"):
+        model.forward(x)
+    model(x).square().mean().backward()
+    assert model.first.weight.grad_sample.shape == (5, 4, 3)
+    if kind is GradSampleModule:
+        hooks.forward(x).square().mean().backward()  # calls the model
+    with torch.no_grad():
+        model.forward(x)
+    hooks.disable_hooks()
+    model.forward(x)
+
+
+def test_a_part_that_alone_computes_gradients_is_no_direct_call():
+    class Frozen(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = nn.Linear(3, 4), nn.Linear(4, 2)
+
+        @torch.no_grad()
+        def forward(self, x):
+            hidden = self.body(x)
+            with torch.enable_grad():
+                return self.head(hidden)
+
+    model, x = Frozen(), torch.randn(5, 3)
+    wrapped = GradSampleModule(model)
+    wrapped(x).square().sum(1).mean().backward()
+    assert model.head.weight.grad_sample.shape == (5, 2, 4)
+    with pytest.raises(errors.ExampleAxisError):
+        model.forward(x)
+    wrapped.head(x.new_ones(5, 4)).sum().backward()  # by itself, not in the model's forward
+
+
 def test_batch_norm_is_refused_before_training():
     with pytest.raises(NotImplementedError, match=r"ModuleValidator\.fix"):
         GradSampleModule(nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)))

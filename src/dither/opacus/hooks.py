@@ -6,6 +6,8 @@ and returns. Layers with a sampler that the user registered, and Opacus's RNN ce
 
 from __future__ import annotations
 
+import inspect
+import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,7 +23,7 @@ from torch.nn.utils.rnn import PackedSequence
 from dither.capture.uses import ParamUse
 from dither.clipping.collectors import NotFormed
 from dither.clipping.gradients import Gradients
-from dither.errors import UnsupportedOpError
+from dither.errors import ExampleAxisError, UnsupportedOpError
 from dither.opacus import backward, batches, stock
 from dither.opacus.recording import ModuleRecording
 
@@ -32,6 +34,7 @@ class _Forward:
     def __init__(self) -> None:
         self.recording: ModuleRecording | None = None
         self.depth = 0
+        self.calls = 0  # of the whole module, under way
         self.free_inputs: set[int] = set()
         self.alive: weakref.WeakSet[ModuleRecording] = weakref.WeakSet()
 
@@ -132,6 +135,7 @@ class GradSampleHooks(stock.GradSampleHooks):
     @torch.compiler.disable
     def _before_forward(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         forward = self._recording_state
+        forward.calls += module is self._module
         if self.hooks_enabled and torch.is_grad_enabled() and isinstance(module, DPRNNBase):
             _refuse_permuted(self._module, module, args)
         if forward.recording is not None:
@@ -141,6 +145,8 @@ class GradSampleHooks(stock.GradSampleHooks):
             kept = self.kept_parameters()
             parameters = self._to_record(kept)
             if parameters and any(p.requires_grad for p in module.parameters()):
+                if not forward.calls:
+                    _refuse_direct_forward(self._module)
                 backward.attach(self)  # a copy, or one that was loaded, is not yet
                 forward.recording = ModuleRecording(self._module, parameters, self.batch_first, forward.free_inputs)
                 forward.recording.hooks = weakref.ref(self)
@@ -152,6 +158,7 @@ class GradSampleHooks(stock.GradSampleHooks):
     @torch.compiler.disable
     def _after_forward(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         forward = self._recording_state
+        forward.calls -= module is self._module
         if forward.recording is None:
             return
         forward.depth -= 1
@@ -285,6 +292,23 @@ def _refuse_permuted(model: nn.Module, layer: nn.Module, args: Sequence[Any]) ->
             "A recurrent layer of Opacus is given a packed sequence whose examples were sorted by length.",
             fix="pack with the longest first (enforce_sorted=True), or use torch's own layer, exact in any order",
         )
+
+
+def _refuse_direct_forward(model: nn.Module) -> None:
+    """Raise ExampleAxisError if a part of the model is called by the model's forward, which was not called as a module.
+
+    Then only the parts are recorded, and rows that the forward made of an example's tokens would be examples.
+    """
+    code = getattr(inspect.unwrap(type(model).forward), "__code__", None)
+    frame = sys._getframe(1)
+    while frame is not None and code is not None:
+        if frame.f_code is code and frame.f_locals.get(code.co_varnames[0]) is model:
+            raise ExampleAxisError(
+                f"The forward method of {type(model).__name__} is called directly, past its hooks: which rows are one "
+                "example's cannot be known in its layers.",
+                fix="call the model itself: model(x), not model.forward(x)",
+            )
+        frame = frame.f_back  # type: ignore[assignment]
 
 
 def _trains(module: nn.Module) -> bool:
