@@ -28,7 +28,7 @@ import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
 KEY_BYTES = 16
-BLOCK = 1 << 16  # numbers of one block: few enough for a processor's cache, enough to pay for the calls
+BLOCK = 1 << 17  # numbers of one block: few enough for a cache; with fewer, threads wait for each other between calls
 _PAIR_BYTES = 8 + 4 + 2 * 4  # u, a, and a dither for each of the two
 # The golden section is the number that fractions approximate worst: multiples of float32's steps fall evenly between
 # multiples of this one.
@@ -71,20 +71,19 @@ class Normals:
         Returns:
             float64 of shape (count,), valid until the next draw.
         """
-        pairs = (count + 1) // 2
-        total = self._draw(block, 0, pairs)
+        pairs, scale = (count + 1) // 2, standard_deviation / math.sqrt(self._draws * _VARIANCE)
+        total = self._draw(block, 0, pairs, scale)
         if self._draws > 1:
             total = total.copy()  # the next draw takes its place
             for draw in range(1, self._draws):
-                np.add(total, self._draw(block, draw, pairs), out=total)
-        scale = standard_deviation / math.sqrt(self._draws * _VARIANCE)
-        return np.multiply(total, scale, out=total)[:count]
+                np.add(total, self._draw(block, draw, pairs, scale), out=total)
+        return total[:count]
 
-    def _draw(self, block: int, draw: int, pairs: int) -> Array:
+    def _draw(self, block: int, draw: int, pairs: int, scale: float) -> Array:
         self._keystream(block, draw, pairs)
-        normal, dither = self._transform(pairs), self._dither[: 2 * pairs]
+        normal, dither = self._transform(pairs, scale), self._dither[: 2 * pairs]
         np.copyto(dither, np.frombuffer(self._bits, np.int32, 2 * pairs, offset=12 * pairs))
-        np.multiply(dither, _STEP, out=dither)
+        np.multiply(dither, _STEP * scale, out=dither)
         return np.add(normal, dither, out=normal)
 
     def _keystream(self, block: int, draw: int, pairs: int) -> None:
@@ -94,8 +93,8 @@ class Normals:
         stream = Cipher(self._aes, modes.CTR(start)).encryptor()
         stream.update_into(self._zeros[: _PAIR_BYTES * pairs], self._bits)
 
-    def _transform(self, pairs: int) -> Array:
-        """Turn the first bits into 2 * pairs normals, float64 and not yet dithered."""
+    def _transform(self, pairs: int, scale: float = 1.0) -> Array:
+        """Turn the first bits into 2 * pairs normals times the scale, float64 and not yet dithered."""
         u = np.frombuffer(self._bits, np.int64, pairs)
         np.bitwise_or(u, 1, out=u)  # never 0, whose logarithm is infinite
         radius, angle, plane = self._radius[:pairs], self._angle[:pairs], self._plane[: 2 * pairs]
@@ -111,6 +110,7 @@ class Normals:
         np.sin(angle, out=plane[pairs:])
         factor, normal = self._factor[:pairs], self._normal[: 2 * pairs]
         np.copyto(factor, radius)
+        np.multiply(factor, scale, out=factor)
         np.copyto(normal, plane)
         for half in (normal[:pairs], normal[pairs:]):
             np.multiply(half, factor, out=half)

@@ -85,9 +85,9 @@ class Dither:
     def step(self) -> None:
         """Sum, noise, divide, update."""
         sums = self.sums()
-        self.noise.add_(sums, self.noise_multiplier * MAX_GRAD_NORM)
+        self.noise.add_(sums, self.noise_multiplier * MAX_GRAD_NORM, divisor=self.logical_batch)
         for name, parameter in self.parameters.items():
-            parameter.grad = sums[name].div_(self.logical_batch)
+            parameter.grad = sums[name]
         self.optimizer.step()
 
 
