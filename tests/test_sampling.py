@@ -10,6 +10,8 @@ from torch import nn
 from torch.utils.data import TensorDataset, default_collate
 
 import dither
+from dither.clipping.machine import BUILTIN, Rates
+from dither.clipping.plan import Plan, PlannedUse
 from dither.errors import BatchSizeError, ConfigurationError, EmptyDatasetError
 from dither.microbatches import MicrobatchSize
 from dither.sampling import PoissonSampler, check_dataset, load_batch
@@ -124,6 +126,21 @@ def test_auto_grows_beyond_64_only_while_examples_get_faster(monkeypatch, per_ca
             clock["now"] += proof * (per_call + per_example * len(part))
             proved.add(len(part))
     assert size.current == found and not size._growing
+
+
+def test_auto_compares_predictions_of_the_same_speeds_only(monkeypatch):
+    """Small work is planned by built-in speeds; that a machine is slower than these says nothing about a size."""
+    monkeypatch.setattr("dither.microbatches._memory", lambda device: (0.0, 1e12))
+    monkeypatch.setattr("dither.microbatches._peak", lambda device: 0.0)
+    slower, size = Rates(1.0, 1.0, 1.0, 1.0), MicrobatchSize("auto", CPU)
+    for part in size.split(np.arange(28)):  # 4, 8, 16
+        dearer = 1.0 if len(part) < 16 else 3.0
+        use = PlannedUse("weight", "linear", "ghost", 0, dearer * len(part))
+        size.planned(Plan((use,), BUILTIN if len(part) < 16 else slower))
+    assert size.current == 32
+    for part in size.split(np.arange(32)):
+        size.planned(Plan((PlannedUse("weight", "linear", "ghost", 0, 4.0 * len(part)),), slower))
+    assert size.current == 16 and not size._growing
 
 
 def test_remainders_have_few_sizes():

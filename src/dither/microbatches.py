@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from dither.clipping.machine import free_memory
+from dither.clipping.machine import Rates, free_memory
+from dither.clipping.plan import Plan
 from dither.errors import ConfigurationError
 
 _FIRST = 4  # examples in the first micro-batch of "auto"
@@ -60,6 +61,7 @@ class MicrobatchSize:
         self._refusals = 0
         self._cheapest = float("inf")
         self._cost: float | None = None
+        self._rates: Rates | None = None
         self._largest = _LARGEST.get(device.type, _LARGEST_ELSEWHERE)
         self._added = 0.0
         self._timings: list[float] = []
@@ -85,13 +87,11 @@ class MicrobatchSize:
             return self.current
         return left - left % max(1, self.current // _LADDER) or left
 
-    def planned(self, seconds: float) -> None:
-        """Take note of the time that the plan predicts for the micro-batch that `split` gave last.
-
-        Args:
-            seconds: of norms and sums; zero where nothing was predicted.
-        """
-        self._cost = seconds / self.current
+    def planned(self, plan: Plan) -> None:
+        """Take note of the time that the plan predicts for the micro-batch that `split` gave last."""
+        if plan.rates != self._rates:  # small work is planned by other speeds: their times do not compare
+            self._rates, self._cheapest = plan.rates, float("inf")
+        self._cost = plan.seconds / self.current
 
     def _grow(self, before: tuple[float, float]) -> None:
         if self._cost is not None:

@@ -248,7 +248,7 @@ class PrivateTraining:
                 into=self._sums,
                 **self._engine,
             )
-            self.microbatches.planned(sum(use.seconds for use in result.plan.uses))
+            self.microbatches.planned(result.plan)
             if result.losses.shape[0] != len(chosen):
                 raise LossShapeError(
                     f"loss_fn returned {result.losses.shape[0]} losses for {len(chosen)} examples: clipping would "

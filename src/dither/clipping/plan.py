@@ -49,9 +49,20 @@ class PlannedUse:
 
 @dataclass(frozen=True)
 class Plan:
-    """The strategy chosen for every use; print it to read it."""
+    """The strategy chosen for every use; print it to read it.
+
+    Attributes:
+        uses: in the order they ran.
+        rates: the speeds that times are predicted from; None where nothing was planned.
+    """
 
     uses: tuple[PlannedUse, ...]
+    rates: Rates | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Predicted time of all norms and sums."""
+        return sum(use.seconds for use in self.uses)
 
     def __str__(self) -> str:
         """One line a use."""
@@ -119,7 +130,8 @@ def make_plan(
                 0.0 if c.use.axis is None else predicted(how, cost, rates),
             )
             for how, c, cost in zip(chosen, candidates, costs, strict=True)
-        )
+        ),
+        rates,
     )
 
 
