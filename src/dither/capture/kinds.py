@@ -86,6 +86,10 @@ class Kinds:
         kind = self.by_id.get(id(tensor))
         return kind[0] == BATCHED if kind is not None else tensor.requires_grad
 
+    def is_ours(self, tensor: Tensor) -> bool:
+        """Whether no example is behind the tensor: a parameter, state, a constant, or computed from these."""
+        return self.by_id.get(id(tensor), (BATCHED,))[0] != BATCHED
+
     def may_miss(self, inputs: Sequence[Any], behind: Sequence[frozenset[int]]) -> bool:
         """Whether operations on these inputs need not be seen: none uses a parameter, every result is the examples'.
 

@@ -19,6 +19,7 @@ from torch.nn import Parameter
 from torch.overrides import TorchFunctionMode
 
 from dither.capture import operations, watching
+from dither.capture.broadcast import takes_outer_difference
 from dither.capture.custom import CustomNodes
 from dither.capture.declared import Declared, declarations
 from dither.capture.kinds import BATCHED, BUFFER, DERIVED, PARAMETER, Kinds
@@ -88,7 +89,7 @@ class Recorder(TorchFunctionMode):
         self._numbers = Numbers()
         for tensor, _ in self.kinds.declared.values():
             self._numbers.give(tensor)
-        self.reorders_by_data = False
+        self.reorders_by_data = self.outer_difference = False
         self._replays = False
         self._began = 0
         self._entered = False
@@ -179,6 +180,8 @@ class Recorder(TorchFunctionMode):
         if not self._replays:
             self._trace.append((func, self._numbers.options_of(args), self._numbers.options_of(kwargs)))
             self._gave(output)
+            if takes_outer_difference(func, given):  # with constants it is each example's own
+                self.outer_difference |= not any(self.kinds.is_ours(tensor) for tensor in given)
             if not self.reorders_by_data:
                 picked = reordered(func, args, kwargs, given)
                 self.reorders_by_data = any(self.kinds.varies(tensor) for tensor in picked)

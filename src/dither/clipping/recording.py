@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dither.capture.broadcast import refuse_outer_differences
 from dither.capture.coverage import Leaves, check_loss, nodes_of, nothing_escapes
 from dither.capture.declared import naming_undeclared
 from dither.capture.examples import ExampleAxis, Layout, Ragged
@@ -52,6 +53,11 @@ def _check_mode() -> None:
             "A CUDA graph is being captured: its replays would skip the proofs, and clip with this batch's factors.",
             fix="call it outside of the capture; capture parts of the model without parameters",
         )
+
+
+def _behind_a_call(node: Any) -> set[int]:
+    """The edges of a recorded output's node: what lies behind is the model."""
+    return set(range(len(node.next_functions))) if CALL in node.metadata else set()
 
 
 def check_buffers(before: Mapping[str, Tensor], model: nn.Module, recorder: Recorder) -> None:
@@ -237,6 +243,7 @@ class Recording(Recorded):
                 fix="call the model inside loss_fn, without torch.no_grad, torch.inference_mode or detach, and train "
                 "this model's parameters",
             )
+        self._outer_difference = recorder.outer_difference
         self._leaves = Leaves((), frozenset())
         if self.batch:
             self._leaves = Leaves.behind(self.losses, self.parameters, recorder.custom_nodes())
@@ -250,6 +257,18 @@ class Recording(Recorded):
     def nodes(self) -> Mapping[int, Any]:
         """As they lie behind the losses."""
         return {call: node for node in nodes_of([self.losses]) for call in node.metadata.get(CALL, [])}
+
+    def decide_anew(
+        self,
+        probe: Probe,
+        known: Mapping[int, ExampleAxis] | None = None,
+        context: Any = None,
+        thorough: bool = False,
+    ) -> dict[int, Layout | None]:
+        """Likewise; targets have no gradient, so that what compares every output with each of them is looked for."""
+        if self._outer_difference:
+            refuse_outer_differences(nodes_of([self.losses], _behind_a_call), [self.batch])
+        return super().decide_anew(probe, known, context, thorough)
 
     def _probe(self, examples: list[int] | None, zero: bool = False) -> dict[int, Tensor]:
         seeds = [Seed.of(self.losses, ExampleAxis(0, 1, self.batch, 1))]

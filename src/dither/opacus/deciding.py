@@ -13,12 +13,12 @@ from functools import partial
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from dither.capture.broadcast import refuse_outer_differences
 from dither.capture.examples import ExampleAxis, Layout, candidates
 from dither.capture.layouts import Places, Probe, decide_examples
 from dither.capture.probing import Seed, send_back, send_back_to
 from dither.errors import CaptureError, CoupledExamplesError, CoverageError, ExampleAxisError
 from dither.opacus.batches import refuse_parts
-from dither.opacus.broadcast import refuse_outer_differences
 from dither.opacus.graph import Place, Reached
 from dither.opacus.recording import ModuleRecording
 from dither.opacus.separable import prove_separable

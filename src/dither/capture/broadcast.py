@@ -10,9 +10,14 @@ from collections.abc import Iterable, Sequence
 from itertools import permutations
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from dither.capture.operations import name_of
 from dither.errors import CoupledExamplesError
+
+_DIFFERENCES = {"sub", "subtract", "rsub", "mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss"}
+"""Functions that take the difference of two tensors, by name."""
 
 _OF_TWO = ("MseLossBackward", "SmoothL1LossBackward", "HuberLossBackward")
 """Graph nodes that keep output and target, broadcast."""
@@ -21,6 +26,14 @@ _OF_A_DIFFERENCE = ("PowBackward", "AbsBackward")
 """Graph nodes that keep what was squared, or whose absolute value was taken."""
 
 _SLACK = 1e-5
+
+
+def takes_outer_difference(function: Any, tensors: Sequence[Tensor]) -> bool:
+    """Whether a function takes differences of two tensors, each of which is broadcast to the other."""
+    if len(tensors) != 2 or name_of(function).strip("_") not in _DIFFERENCES:
+        return False
+    first, second = (tensor.shape for tensor in tensors)
+    return first != second and torch.broadcast_shapes(first, second) not in (first, second)
 
 
 def refuse_outer_differences(nodes: Iterable[Any], batches: Iterable[int]) -> None:
