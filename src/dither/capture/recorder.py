@@ -25,14 +25,11 @@ from dither.capture.declared import Declared, declarations
 from dither.capture.kinds import BATCHED, BUFFER, DERIVED, PARAMETER, Kinds
 from dither.capture.nan import SHOWING
 from dither.capture.ordering import Numbers, reordered
-from dither.capture.places import after_tensor_hooks, alias, anchored
-from dither.capture.rows import row_by_row, shared_rows
-from dither.capture.saving import hooked, keep
-from dither.capture.uses import Hidden, OpCall, ParamUse, Tape, map_tensors, tensors_in
+from dither.capture.places import alias
+from dither.capture.saving import hooked
+from dither.capture.taping import TapeWriter
+from dither.capture.uses import Tape, map_tensors, tensors_in
 from dither.errors import NestedRecorderError, UnsupportedOpError
-
-CALL = "dither.call"
-"""Key, in the metadata of a graph node, of the indices of the recorded outputs that are the node's."""
 
 
 class Rules(Protocol):
@@ -75,8 +72,6 @@ class Recorder(TorchFunctionMode):
         super().__init__()
         self.tape = Tape()
         self._rules = rules
-        self.on_output = on_output
-        self._randomness = randomness
         self.kinds = Kinds(parameters, buffers, constants)
         for tensor, declared in declarations():
             if id(tensor) not in self.kinds.by_id:
@@ -85,6 +80,7 @@ class Recorder(TorchFunctionMode):
         self.layouts: dict[int, tuple[Tensor, Declared]] = {}
         self.anchor = torch.zeros((), requires_grad=True)
         self.anchor.of_a_recording = True  # type: ignore[attr-defined]
+        self.writer = TapeWriter(self.tape, self.kinds, self.anchor, self.resumed, on_output, randomness)
         self._trace: list[Any] = []
         self._numbers = Numbers()
         for tensor, _ in self.kinds.declared.values():
@@ -126,13 +122,14 @@ class Recorder(TorchFunctionMode):
             return
         self._replays = True
         try:
-            with self.kinds.forgotten_after(), watching.as_written(), self._resumed():
+            with self.kinds.forgotten_after(), watching.as_written(), self.resumed():
                 yield
         finally:
             self._replays = False
 
     @contextmanager
-    def _resumed(self) -> Iterator[None]:
+    def resumed(self) -> Iterator[None]:
+        """See operations inside, where the mode is off: while it handles one."""
         super().__enter__()
         try:
             yield
@@ -147,8 +144,6 @@ class Recorder(TorchFunctionMode):
             yield
         finally:
             super().__enter__()
-
-    resumed = _resumed
 
     def missed(self, what: str, inputs: tuple[Any, ...], output: Any) -> None:
         """Take note, in the trace, of operations that were not seen."""
@@ -263,10 +258,6 @@ class Recorder(TorchFunctionMode):
             self._followed[id(tensor)] = alias(tensor, self.anchor, partial(self.tape.deliver, index, None))
         return self._followed[id(tensor)]
 
-    def _followed_from_here(self, tensor: Tensor) -> Tensor:
-        """The tensor with a place in the graph: what is taken from it in order needs no other proof."""
-        return tensor if tensor.requires_grad else alias(tensor, self.anchor, lambda gradient: None)
-
     def _run_without_parameters(self, func: Any, args: Any, kwargs: Any, batch_free: bool, made: bool) -> Any:
         name = operations.name_of(func)
         if not batch_free or made:
@@ -335,107 +326,9 @@ class Recorder(TorchFunctionMode):
             if any(rule.replays for _, _, rule in claimed):
                 body = operations.opened(func)
         if body is not None:
-            with self._resumed():
+            with self.resumed():
                 return body(*args, **kwargs)
-        return self._record(func, args, kwargs, operands, claimed)
-
-    def _record(self, func: Any, args: Any, kwargs: Any, operands: dict[str, Any], claimed: Any) -> Any:
-        in_place = operations.is_in_place(operations.name_of(func))
-        detach = _Detacher(clone=args[0] if in_place else None)
-        saved = (map_tensors(detach, args), map_tensors(detach, kwargs), map_tensors(detach, operands))
-        given = tensors_in(args, kwargs)
-        known = [id(tensor) in self.kinds.by_id for tensor in given]
-        replays = any(rule.replays for _, _, rule in claimed)
-        rng_state = torch.get_rng_state() if replays else None
-        autocast = operations.autocast_of(args) if replays else None
-        fixed = frozenset(position for position, fix in enumerate(known) if fix) if replays else frozenset()
-
-        def live(tensor: Tensor) -> Tensor:
-            kind = self.kinds.by_id.get(id(tensor))
-            return detach(tensor) if kind is not None and kind[0] in (PARAMETER, DERIVED) else tensor
-
-        output = func(*map_tensors(live, args), **map_tensors(live, kwargs))
-        rng_state = self._drawn(rng_state, func)
-        if rng_state is not None and self._randomness == "same" and shared_rows(args, self.kinds.by_id) > 1:
-            with self._resumed():
-                examples = {
-                    id(t): self._followed_from_here(t) for t in tensors_in(args) if id(t) not in self.kinds.by_id
-                }
-                return row_by_row(func, args, kwargs, examples, rng_state)
-        outputs = [t for t in tensors_in(output) if t.is_floating_point() or t.is_complex()]
-        held, hidden = self._hide(detach.done, saved, len(outputs)) if hooked() else ([None] * len(outputs), None)
-        if self._replays:
-            return self._listen(output, outputs, None, held)
-        first = len(self.tape.calls)
-        source = not any(t.requires_grad for t, fix in zip(given, known, strict=True) if not fix)
-        shown = saved if hidden is None else hidden
-        for position, tensor in enumerate(outputs):
-            call = OpCall(
-                index=first + position,
-                function=func,
-                args=shown[0],
-                kwargs=shown[1],
-                operands=shown[2],
-                output_shape=tensor.shape,
-                versions=tuple((t, t._version) for t in tensors_in(*shown[:2])),
-                output=position,
-                source=source,
-                rng_state=rng_state,
-                autocast=autocast,
-                fixed=fixed,
-                hidden=hidden,
-            )
-            self.tape.calls.append(call)
-            for slot, tensor_id, rule in claimed:
-                used = self.kinds.by_id[tensor_id][1]
-                self.tape.uses.append(ParamUse(call, slot, used, self.kinds.label(used), rule))
-        return self._listen(output, outputs, first, held)
-
-    def _drawn(self, before: Tensor | None, func: Any) -> Tensor | None:
-        """The random state before the operation, if it drew from it."""
-        if before is None or torch.equal(before, torch.get_rng_state()):
-            return None
-        if self._randomness == "error":
-            raise UnsupportedOpError(
-                f"{operations.name_of(func)} takes a parameter and draws random numbers, which randomness='error' "
-                "forbids.",
-                fix="randomness='different' takes the gradient with the numbers that were drawn",
-            )
-        return before
-
-    def _hide(self, detached: dict[int, Tensor], saved: Any, outputs: int) -> tuple[list[Any], Any]:
-        """Give the inputs that are not parameters or constants into the care of the active hooks, once an output."""
-        inputs = [copy for original, copy in detached.items() if original not in self.kinds.by_id]
-        held = [keep(self.anchor, inputs) for _ in range(outputs)]
-        if self._replays:
-            return held, None
-        places = {id(copy): Hidden(position, copy.shape) for position, copy in enumerate(inputs)}
-        hidden = tuple(map_tensors(lambda t: places.get(id(t), t), tree) for tree in saved)
-        return held, hidden
-
-    def _in_graph(self, tensor: Tensor) -> Tensor:
-        """An output with a graph node of its own, which an in-place operation on it leaves in its place."""
-        if tensor._is_view():  # an in-place operation would put another node in the place of a view's
-            tensor = torch.ops.aten._unsafe_view(tensor, tensor.shape)
-        if not tensor.requires_grad:
-            tensor = anchored(self.anchor, tensor)
-        return tensor
-
-    def _listen(self, output: Any, outputs: list[Tensor], first: int | None, held: list[Any]) -> Any:
-        """Put the outputs into the graph, where their gradients will be delivered; `first` is None in a replay."""
-        replaced: dict[int, Tensor] = {}
-        for position, tensor in enumerate(outputs):
-            live = self._in_graph(tensor)
-            replaced[id(tensor)] = live
-            if first is None:
-                continue
-            call = first + position
-            after_tensor_hooks(live, partial(self.tape.deliver, call, held[position]))
-            node: Any = live.grad_fn
-            node.metadata.setdefault(CALL, []).append(call)
-            if self.on_output is not None:
-                self.on_output(live, call)
-        return replaced[id(output)] if id(output) in replaced else map_tensors(lambda t: replaced.get(id(t), t), output)
+        return self.writer.write(func, args, kwargs, operands, claimed, self._replays)
 
 
 def _is_number(function: Any, output: Any) -> bool:
@@ -445,16 +338,3 @@ def _is_number(function: Any, output: Any) -> bool:
 
 def _as_it_is(tensor: Tensor) -> Tensor:
     return tensor
-
-
-class _Detacher:
-    """Detaches each tensor once, keeping identity; `clone` is about to be overwritten."""
-
-    def __init__(self, clone: Tensor | None) -> None:
-        self.done: dict[int, Tensor] = {}
-        self._clone = clone
-
-    def __call__(self, tensor: Tensor) -> Tensor:
-        if id(tensor) not in self.done:
-            self.done[id(tensor)] = tensor.detach().clone() if tensor is self._clone else tensor.detach()
-        return self.done[id(tensor)]

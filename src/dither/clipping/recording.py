@@ -14,7 +14,8 @@ from dither.capture.declared import naming_undeclared
 from dither.capture.examples import ExampleAxis, Layout, Ragged
 from dither.capture.layouts import Places, Probe, decide_examples, with_axes
 from dither.capture.probing import Replaying, Seed, run_backward, send_back
-from dither.capture.recorder import CALL, Recorder
+from dither.capture.recorder import Recorder
+from dither.capture.taping import CALL
 from dither.capture.uses import ParamUse, Tape
 from dither.clipping.collectors import Buffers
 from dither.clipping.memory import memory_of, relative_to
@@ -107,7 +108,7 @@ class Recorded:
         self.tape, self.anchor = recorder.tape, recorder.anchor
         self.replaying = recorder.replaying if recorder.tape.hides else None
         self._memory.keep_constants(recorder.kinds.constants())
-        recorder.on_output = None
+        recorder.writer.on_output = None
         self._trace, self._reorders = recorder.trace, recorder.reorders_by_data
 
     @property
