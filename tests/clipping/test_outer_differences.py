@@ -4,23 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 import dither
 import oracle
+from differences import each_loss
 from dither.errors import CoupledExamplesError
 
 pytestmark = [pytest.mark.usefixtures("double_precision"), pytest.mark.filterwarnings("ignore:Using a target size")]
 B = 6
-LOSSES = {
-    "mse": lambda output, target: F.mse_loss(output, target, reduction="none"),
-    "smooth_l1": lambda output, target: F.smooth_l1_loss(output, target, reduction="none"),
-    "huber": lambda output, target: F.huber_loss(output, target, reduction="none"),
-    "squares": lambda output, target: (output - target) ** 2,
-    "absolute": lambda output, target: output.subtract(target).abs(),
-}
-each_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 
 
 @each_loss

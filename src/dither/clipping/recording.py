@@ -175,6 +175,7 @@ class Recorded:
         thorough: bool = False,
     ) -> dict[int, Layout | None]:
         """Probe, and remember the layouts; `thorough` also where this sequence of operations was proved before."""
+        self.refuse_beforehand()
         # Every pair of examples once for each sequence of operations; other batch sizes of it need the layouts only.
         trace = hash(relative_to(self.batch, self._trace))
         sequence = (trace, self.batch > 2, tuple(self.tape.followed), context)
@@ -189,6 +190,9 @@ class Recorded:
         )
         self.likely = self._memory.likely(trace, self.batch, regular)
         return {**regular}
+
+    def refuse_beforehand(self) -> None:
+        """Raise CaptureError for what no probe would show; called before each."""
 
     def planned(self, key: Any, make: Callable[[], Any]) -> Any:
         """What was planned for the same operations and key, or what `make` gives now.
@@ -259,17 +263,10 @@ class Recording(Recorded):
         """As they lie behind the losses."""
         return {call: node for node in nodes_of([self.losses]) for call in node.metadata.get(CALL, [])}
 
-    def decide_anew(
-        self,
-        probe: Probe,
-        known: Mapping[int, ExampleAxis] | None = None,
-        context: Any = None,
-        thorough: bool = False,
-    ) -> dict[int, Layout | None]:
-        """Likewise; targets have no gradient, so that what compares every output with each of them is looked for."""
+    def refuse_beforehand(self) -> None:
+        """Targets have no gradient: what compares every output with each of them is looked for in the loss itself."""
         if self._outer_difference:
             refuse_outer_differences(nodes_of([self.losses], _behind_a_call), [self.batch])
-        return super().decide_anew(probe, known, context, thorough)
 
     def _probe(self, examples: list[int] | None, zero: bool = False) -> dict[int, Tensor]:
         seeds = [Seed.of(self.losses, ExampleAxis(0, 1, self.batch, 1))]
