@@ -255,6 +255,23 @@ def test_a_crash_while_the_first_state_is_written_loses_no_release(tmp_path, mon
     assert ledger[0]["release"] == "class means"
 
 
+def test_a_crash_after_a_grid_loses_no_step_that_the_grid_shows(tmp_path, monkeypatch):
+    def crash(file, *rest):
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(b"drawn")
+        raise SystemError("power")
+
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr("dither.cli.train.write_samples", crash)
+        with pytest.raises(SystemError):
+            main(["train", *TINY, "--steps=4", "--noise_multiplier=5", "--telemetry.samples=1", f"--output={run}"])
+    assert [file.name for file in (run / "samples").iterdir()] == ["step-00002.png"]
+    assert json.loads((run / "state" / "checkpoint.json").read_text())["step"] == 2
+    assert main(["train", f"--resume={run}"]) == 0
+    assert read_certificate(run)["steps_done"] == 4
+
+
 def test_settings_that_do_not_go_together_are_refused(tmp_path, failure):
     assert "guidance" in failure("train", *TINY, "--recipe.guidance=2", "--recipe.label_dropout=0")
     mixtures = [*TINY, "--warm_up.kind=mixtures"]

@@ -200,6 +200,8 @@ def _train(ready: Run, training: PrivateTraining, console: Console) -> bool:
             progress.show(step, seconds)
             writers.log(step.index, _values(step, seconds))
             if step.index in drawn_after:
+                training.save(folder.state)  # a crash must not take steps that a grid shows out of the ledger
+                last_save = time.monotonic()
                 grid = folder.grid(step.index)
                 write_samples(grid, folder.images, ready.model, options.recipe, training.ema, GRID_PER_CLASS, GRID_SEED)
             if stop.wanted:
