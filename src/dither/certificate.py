@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +29,11 @@ def certificate(training: PrivateTraining) -> dict[str, Any]:
     reasons = []
     if training.seed is not None:
         reasons.append(f"seed={training.seed}: batches and noise can be computed by whoever knows the seed")
+    reasons += [
+        f"{event.release} were released with a seed: their noise can be computed by whoever knows it"
+        for event in training.prior
+        if not event.private
+    ]
     if training.verification["exact"] is False and training.index > training.verification["first_step"]:
         reasons.append("steps were taken after the verification found gradients that are not exact")
     sampler = training.sampler
@@ -48,7 +52,7 @@ def certificate(training: PrivateTraining) -> dict[str, Any]:
         "planned_epsilon": training.planned_epsilon,
         "target_epsilon": training.target_epsilon,
         "accountant": accountant_name(),
-        "ledger": [asdict(event) for event in training.ledger.events],
+        "ledger": [event.to_dict() for event in training.ledger.events],
         "noise_multiplier": training.noise_multiplier,
         "max_grad_norm": training.max_grad_norm,
         "clipping": training.clipping,

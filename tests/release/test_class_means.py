@@ -13,6 +13,7 @@ import dither
 from dither.accounting import CLASS_MEANS, Event, Ledger, noise_multiplier_for
 from dither.errors import BudgetError, ConfigurationError, LabelError, LedgerError, RunFolderError
 from dither.release.class_means import ClassMeans, _sums, release_class_means
+from dither.report.checking import faults
 
 
 def _data(n: int = 40, classes: int = 4) -> TensorDataset:
@@ -128,3 +129,15 @@ def test_a_release_that_spends_the_budget_is_refused():
         _training(nn.Linear(3, 2), (Event(1.0, 0.5, 1, CLASS_MEANS),), epsilon=1.0)
     with pytest.raises(ConfigurationError):
         _training(nn.Linear(3, 2), (Event(0.2, 1.0, 3),), epsilon=8.0)
+
+
+@pytest.mark.parametrize("seed", [None, 1])
+def test_a_release_with_a_seed_makes_the_run_not_private(seed, tmp_path):
+    released = release_class_means(_data(), num_classes=4, noise_multiplier=4.0, clip_norm=1.0, seed=seed)
+    released.save(tmp_path / "means")
+    training = _training(nn.Linear(3, 2), ClassMeans.load(tmp_path / "means").events, noise_multiplier=4.0)
+    certificate = training.certificate()
+    assert certificate["private"] is (seed is None) and len(faults(certificate)) == (seed is not None)
+    if seed is not None:
+        assert "class means were released with a seed" in certificate["reasons"][0]
+        assert "predictable" in faults({**certificate, "private": True, "reasons": []})[0]

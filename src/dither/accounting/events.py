@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from dither.errors import ConfigurationError
 
@@ -23,12 +24,18 @@ class Event:
         noise_multiplier: noise standard deviation over L2 sensitivity.
         count: number of runs; for gradients the number of steps.
         release: what was released, one of RELEASES; epsilon does not depend on it.
+        private: whether the noise came from fresh entropy; if not, a seed makes it predictable and epsilon is void.
     """
 
     sampling_probability: float
     noise_multiplier: float
     count: int
     release: str = GRADIENTS
+    private: bool = True
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: `private` is there only where it is false."""
+        return {name: value for name, value in asdict(self).items() if name != "private" or not value}
 
 
 def check_delta(delta: float) -> None:

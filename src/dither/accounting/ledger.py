@@ -6,7 +6,7 @@ import functools
 import json
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 from dither.accounting.events import GRADIENTS, NEIGHBOURING_RELATION, RELEASES, Event, check_delta, check_mechanism
 from dither.accounting.loss_distribution import COARSE, FINE, accountant_of, epsilon_of, is_meaningless
@@ -25,7 +25,7 @@ class Ledger:
     def __init__(self, events: Iterable[Event] = ()) -> None:
         self._events: list[Event] = []
         for event in events:
-            self.record(event.sampling_probability, event.noise_multiplier, event.count, event.release)
+            self.record(event.sampling_probability, event.noise_multiplier, event.count, event.release, event.private)
 
     @property
     def events(self) -> tuple[Event, ...]:
@@ -38,7 +38,12 @@ class Ledger:
         return sum(event.count for event in self._events if event.release == GRADIENTS)
 
     def record(
-        self, sampling_probability: float, noise_multiplier: float, count: int = 1, release: str = GRADIENTS
+        self,
+        sampling_probability: float,
+        noise_multiplier: float,
+        count: int = 1,
+        release: str = GRADIENTS,
+        private: bool = True,
     ) -> None:
         """Add steps, or another release.
 
@@ -49,7 +54,7 @@ class Ledger:
         check_mechanism(sampling_probability, noise_multiplier, count)
         if release not in RELEASES:
             raise ConfigurationError(f"A ledger knows no release {release!r}.", fix=f"one of {', '.join(RELEASES)}")
-        event = Event(sampling_probability, noise_multiplier, count, release)
+        event = Event(sampling_probability, noise_multiplier, count, release, private)
         if self._events and replace(self._events[-1], count=count) == event:
             self._events[-1] = replace(event, count=self._events[-1].count + count)
         else:
@@ -84,7 +89,7 @@ class Ledger:
 
     def to_json(self) -> str:
         """The ledger as JSON text; `from_json` gives an equal one."""
-        events = [asdict(event) for event in self._events]
+        events = [event.to_dict() for event in self._events]
         return json.dumps({"neighbouring_relation": NEIGHBOURING_RELATION, "events": events})
 
     @classmethod

@@ -132,7 +132,7 @@ def release_class_gaussians(
     check_counts(num_classes=num_classes)
     check_norms(clip_norm=clip)
     _check(rank, entries)
-    events = Ledger([Event(1.0, noise_multiplier, _PARTS, CLASS_GAUSSIANS)]).events
+    events = Ledger([Event(1.0, noise_multiplier, _PARTS, CLASS_GAUSSIANS, private=seed is None)]).events
     noise = GaussianNoise(derived_seed(seed, _CLASS_GAUSSIANS))
 
     def about(middles: Tensor) -> _Batches:

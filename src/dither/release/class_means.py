@@ -111,7 +111,7 @@ def release_class_means(
     check_norms(clip_norm=clip_norm, **({} if count_weight is None else {"count_weight": count_weight}))
     if not 0.0 < sample_rate <= 1.0:
         raise ConfigurationError(f"sample_rate must be above 0 and at most 1; it is {sample_rate}.", fix="1")
-    event = Event(sample_rate, noise_multiplier, draws, CLASS_MEANS)
+    event = Event(sample_rate, noise_multiplier, draws, CLASS_MEANS, private=seed is None)
     events = Ledger([event]).events  # refuses what no ledger takes
     own = derived_seed(seed, _CLASS_MEANS)
     sampler, noise = PoissonSampler(size, sample_rate * size, seed=own), GaussianNoise(own)

@@ -159,7 +159,7 @@ def release_class_mixtures(
     clip = usual_clip_norm(entries) if clip_norm is None else clip_norm
     check_counts(num_classes=num_classes, components=components, rank=rank)
     check_norms(clip_norm=clip)
-    events = Ledger([Event(1.0, noise_multiplier, 1, CLASS_MIXTURES)]).events
+    events = Ledger([Event(1.0, noise_multiplier, 1, CLASS_MIXTURES, private=seed is None)]).events
     noise = SharedNoise(noise_multiplier, derived_seed(seed, _CLASS_MIXTURES))
     rank, number = release_sizes(entries, rank)
     near = _NEAR * clip

@@ -71,6 +71,8 @@ def _faults_of_claim(certificate: Mapping[str, Any]) -> Iterator[str]:
         yield f"it says itself that the run is not private: {said}"
     elif certificate["reasons"]:
         yield f"it claims privacy beside reasons against it: {'; '.join(certificate['reasons'])}"
+    if certificate["private"] and not all(event.get("private", True) for event in certificate["ledger"]):
+        yield "it claims privacy beside a release whose noise a seed makes predictable"
     verification = certificate["verification"]
     expected = {"exact": True, "not exact": False}.get(verification["status"])
     if verification["exact"] is not expected:
