@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -84,6 +85,21 @@ def test_a_second_private_score_counts_the_first(finished_run, tmp_path):
         kept = json.loads((run / "evaluation.json").read_text())["private_score"]
         spent.append(kept["epsilon_spent_on_held_out_images"]["value"])
     assert spent[0] <= 1.0 < spent[1] and spent[2] == spent[1]
+
+
+def test_a_full_disk_keeps_the_account_of_private_scores(finished_run, tmp_path, monkeypatch):
+    def half(path, text):
+        path.write_bytes(text[:20].encode())
+        raise OSError("disk full")
+
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    words = ["evaluate", str(run), "--count=3", "--classifiers", "logistic regression", "--private_score=1"]
+    assert main(words) == 0
+    before = (run / "evaluation.json").read_text()
+    monkeypatch.setattr(Path, "write_text", half)
+    with pytest.raises(OSError, match="disk full"):
+        main(words)
+    assert (run / "evaluation.json").read_text() == before
 
 
 def test_inception_features_say_whose_weights_gave_them(tmp_path, capsys):

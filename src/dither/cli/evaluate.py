@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -116,7 +117,9 @@ def run(words: Sequence[str]) -> int:
         )
     output.mkdir(parents=True, exist_ok=True)
     found = figures(options, generated, labels, training, held_out, output, earlier, inception, console)
-    (output / "evaluation.json").write_text(json.dumps(found, indent=2) + "\n")
+    part = output / "evaluation.json.part"  # a full disk must not cost the account of earlier private scores
+    part.write_text(json.dumps(found, indent=2) + "\n")
+    os.replace(part, output / "evaluation.json")
     _show(found, console)
     console.print(f"Figures in {output / 'evaluation.json'}", highlight=False, soft_wrap=True)
     return 0
