@@ -67,6 +67,9 @@ def test_the_curve_never_understates_and_ends_exactly():
 def test_a_budget_that_cannot_be_met_says_so_with_the_numbers():
     with pytest.raises(BudgetError, match="1000"):
         noise_multiplier_for(1e-4, 1e-9, 1.0, 1000)
+    with pytest.raises(BudgetError, match="larger delta") as refused:
+        noise_multiplier_for(1.0, 1e-18, 0.01, 10)
+    assert "smaller than the accountant" in refused.value.what
     with pytest.raises(BudgetError, match="One step"):
         steps_for(0.1, 1e-5, 0.5, 0.5)
     for arguments in ((0.0, 1e-5, 0.1, 10), (1.0, 0.0, 0.1, 10), (1.0, 1e-5, 1.5, 10), (1.0, 1e-5, 0.1, 0)):

@@ -116,3 +116,13 @@ def test_files_that_are_none(tmp_path):
         read_images(tmp_path / "b.csv")
     with pytest.raises(DataError, match="there is no"):
         read_images(tmp_path / "missing")
+
+
+@pytest.mark.parametrize("kind", [">f4", "<f2", "f8"])
+def test_floats_of_any_kind_are_read(tmp_path, kind):
+    pixels = np.linspace(-1.0, 1.0, 4 * 8 * 8).reshape(4, 8, 8)
+    labels = np.array([0, 1, 2, 1], ">i8")
+    data = read_images(save(tmp_path / "a.npz", images=pixels.astype(kind), labels=labels), num_classes=3)
+    images, found = data.batch()
+    assert images.dtype == torch.float32 and found.tolist() == labels.tolist()
+    assert np.abs(images[:, 0].numpy() - pixels).max() <= 1e-3

@@ -64,10 +64,15 @@ def noise_multiplier_for(
         high, trial = trial, trial / 2
     while trial < high and spent(trial) > epsilon:
         low, trial = trial, min(trial * 2, high)
-        if trial >= _NOISE_RANGE[1] and spent(trial) > epsilon:
+        if trial >= _NOISE_RANGE[1] and (most := spent(trial)) > epsilon:
+            if math.isinf(most):
+                raise BudgetError(
+                    f"delta {delta} is smaller than the accountant can resolve: with any noise it finds no epsilon.",
+                    fix="choose a larger delta; a hundredth of 1 / (number of examples) is small enough for most",
+                )
             raise BudgetError(
                 f"epsilon {epsilon} at delta {delta} cannot be met by {steps} steps at sample rate {sample_rate}: "
-                f"noise multiplier {trial:g} still spends {spent(trial):.4g}.",
+                f"noise multiplier {trial:g} still spends {most:.4g}.",
                 fix="allow a larger epsilon or delta, fewer steps, or a smaller expected batch size",
             )
     high = _bisect(low, trial, lambda noise: spent(noise) <= epsilon, 1e-2)

@@ -95,6 +95,14 @@ def _run(command: str, words: list[str], debug: bool) -> int:
         return _complain(
             f"the package {missing} is not installed", f"pip install {missing}, or pip install 'dither[cli]'"
         )
+    except OSError as error:
+        if debug:
+            raise
+        return _complain(
+            f"the system refuses: {error}",
+            "see that the disk has room and the folder may be written; a run goes on from its last save with "
+            "dither train --resume RUN",
+        )
     except KeyboardInterrupt:
         if debug:
             raise

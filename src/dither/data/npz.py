@@ -47,7 +47,12 @@ def read_npz(file: Path) -> Arrays:
         raise DataError(f"{file} cannot be read: {error}", fix=f"write it again; {_FIX}") from error
     except ValueError as error:  # numpy's for a pickle
         raise DataError(f"{file} cannot be read without running code: {error}", fix=_FIX) from error
-    return Arrays(_channels_first(images, file), labels, names)
+    images = _channels_first(images, file)
+    if images.dtype.kind == "f":
+        images = images.astype(np.float32, copy=False)
+    return Arrays(
+        images, labels.astype(labels.dtype.newbyteorder("="), copy=False), names
+    )  # torch knows this order only
 
 
 def _channels_first(images: np.ndarray[Any, Any], file: Path) -> Any:
