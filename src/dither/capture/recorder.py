@@ -80,7 +80,7 @@ class Recorder(TorchFunctionMode):
         self.layouts: dict[int, tuple[Tensor, Declared]] = {}
         self.anchor = torch.zeros((), requires_grad=True)
         self.anchor.of_a_recording = True  # type: ignore[attr-defined]
-        self.writer = TapeWriter(self.tape, self.kinds, self.anchor, self.resumed, on_output, randomness)
+        self.writer = TapeWriter(self.tape, self.kinds, self.anchor, on_output, randomness)
         self._trace: list[Any] = []
         self._numbers = Numbers()
         for tensor, _ in self.kinds.declared.values():
@@ -328,7 +328,7 @@ class Recorder(TorchFunctionMode):
         if body is not None:
             with self.resumed():
                 return body(*args, **kwargs)
-        return self.writer.write(func, args, kwargs, operands, claimed, self._replays)
+        return self.writer.write(func, args, kwargs, operands, claimed, self._replays, self.resumed)
 
 
 def _is_number(function: Any, output: Any) -> bool:

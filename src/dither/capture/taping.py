@@ -33,7 +33,6 @@ class TapeWriter:
         tape: what is written on.
         kinds: what the recording's tensors are.
         anchor: the leaf behind everything that is recorded.
-        resumed: inside what it returns, the recorder sees operations.
         on_output: called with every recorded operation's outputs, in the graph, and their call's index.
         randomness: what a random operation without a rule does: "different" numbers for every example, as drawn; the
             "same" for all; or an "error".
@@ -44,14 +43,22 @@ class TapeWriter:
         tape: Tape,
         kinds: Kinds,
         anchor: Tensor,
-        resumed: Callable[[], AbstractContextManager[None]],
         on_output: Callable[[Tensor, int], None] | None,
         randomness: str,
     ) -> None:
         self.tape, self.kinds, self.anchor, self.on_output = tape, kinds, anchor, on_output
-        self._resumed, self._randomness = resumed, randomness
+        self._randomness = randomness
 
-    def write(self, func: Any, args: Any, kwargs: Any, operands: dict[str, Any], claimed: Any, replays: bool) -> Any:
+    def write(
+        self,
+        func: Any,
+        args: Any,
+        kwargs: Any,
+        operands: dict[str, Any],
+        claimed: Any,
+        replays: bool,
+        resumed: Callable[[], AbstractContextManager[None]],
+    ) -> Any:
         """Run an operation, its parameters detached, and put it on the tape.
 
         Args:
@@ -61,6 +68,8 @@ class TapeWriter:
             operands: the arguments by the operation's own names, where it has a rule.
             claimed: (slot, id of the tensor, rule) for every used tensor.
             replays: whether a checkpoint recomputes: then only the graph is made as it was.
+            resumed: inside what it returns, the recorder sees operations. (Kept here, it would be a cycle, and what
+                the tape holds would wait for the garbage collector.)
 
         Returns:
             What the operation returns, in the graph.
@@ -82,7 +91,7 @@ class TapeWriter:
         output = func(*map_tensors(live, args), **map_tensors(live, kwargs))
         rng_state = self._drawn(rng_state, func)
         if rng_state is not None and self._randomness == "same" and shared_rows(args, self.kinds.by_id) > 1:
-            with self._resumed():
+            with resumed():
                 examples = {
                     id(t): self._followed_from_here(t) for t in tensors_in(args) if id(t) not in self.kinds.by_id
                 }
