@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dither.benchmark.contenders import OURS
 from dither.benchmark.results import Results, Row
 from dither.benchmark.table import TITLES
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 _OURS = ("#0b5394", "#3d85c6", "#6fa8dc", "#9fc5e8", "#b7cde5")
 _OTHERS = ("#cc4125", "#e69138", "#f1c232", "#6aa84f", "#8e7cc3")
@@ -53,7 +57,7 @@ def draw(results: Results, path: Path) -> None:
     pyplot.close(figure)
 
 
-def _marks(axis: object, rows: Sequence[Row], height: Sequence[float], name: str, colour: str, memory: bool) -> None:
+def _marks(axis: Axes, rows: Sequence[Row], height: Sequence[float], name: str, colour: str, memory: bool) -> None:
     x, y, less, more = [], [], [], []
     for row, place in zip(rows, height, strict=True):
         if memory:
@@ -67,9 +71,7 @@ def _marks(axis: object, rows: Sequence[Row], height: Sequence[float], name: str
             y.append(place)
             less.append(ratio - low)
             more.append(high - ratio)
-    axis.errorbar(  # type: ignore[attr-defined]
-        x, y, xerr=(less, more), fmt="o", color=colour, markersize=5, elinewidth=1, label=TITLES[name]
-    )
+    axis.errorbar(x, y, xerr=(less, more), fmt="o", color=colour, markersize=5, elinewidth=1, label=TITLES[name])
 
 
 def _colours() -> dict[str, str]:

@@ -50,9 +50,8 @@ def read_npz(file: Path) -> Arrays:
     images = _channels_first(images, file)
     if images.dtype.kind == "f":
         images = images.astype(np.float32, copy=False)
-    return Arrays(
-        images, labels.astype(labels.dtype.newbyteorder("="), copy=False), names
-    )  # torch knows this order only
+    labels = labels.astype(labels.dtype.newbyteorder("="), copy=False)  # torch knows the machine's own order only
+    return Arrays(images, labels, names)
 
 
 def _channels_first(images: np.ndarray[Any, Any], file: Path) -> Any:
