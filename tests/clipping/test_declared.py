@@ -49,6 +49,16 @@ def test_a_mixture_before_the_first_parameter_is_refused_where_the_input_is_decl
     assert_exact(model, lambda: model(x - x.mean(1, keepdim=True)).square().sum(1))
 
 
+def test_an_axis_that_is_declared_anew_is_proved_anew():
+    model, square = Conditioned().of_condition, torch.randn(5, 5)
+    for axis in (0, 0, 0):  # proved in the first pass and the second, then remembered
+        x = dither.batched(square, axis)
+        assert_exact(model, lambda x=x: model(x).square().sum(1))
+    x = dither.batched(square, 1)
+    with pytest.raises(errors.CoupledExamplesError):
+        dither.clipped_sum(model, lambda: model(x).square().sum(1))
+
+
 def test_a_private_training_follows_the_batch():
     model = nn.Linear(3, 1)
     data = [(torch.randn(3), torch.randn(1)) for _ in range(32)]

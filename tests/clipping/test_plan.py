@@ -252,8 +252,10 @@ def test_a_plan_is_made_once_for_the_same_operations(monkeypatch):
     original = gradients.make_plan
     monkeypatch.setattr(gradients, "make_plan", lambda *given: made.append(given) or original(*given))
     model, x = nn.Linear(5, 3), torch.randn(4, 5)
+    of_another_model = [dither.constant(torch.randn(2)) for _ in range(12)]
     for _ in range(12):
         dither.clipped_sum(model, lambda: model(x).square().sum(1))
+        of_another_model.pop()
     assert len(made) == 1
     dither.clipped_sum(model, lambda: model(x).square().sum(1), strategy="hold")
     assert len(made) == 2

@@ -74,8 +74,13 @@ class Numbers:
 
     def of(self, tensor: Tensor) -> Number:
         """A tensor's number; a new one at first sight."""
+        number = self.known(tensor)
+        return self.give(tensor) if number is None else number
+
+    def known(self, tensor: Tensor) -> Number | None:
+        """A tensor's number, if an operation was given it or returned it."""
         found = self._known.get(id(tensor))
-        return found[1] if found is not None and found[0]() is tensor else self.give(tensor)
+        return found[1] if found is not None and found[0]() is tensor else None
 
     def give(self, tensor: Tensor) -> Number:
         """A new number: it is an operation's result."""

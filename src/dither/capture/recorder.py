@@ -24,7 +24,7 @@ from dither.capture.custom import CustomNodes
 from dither.capture.declared import Declared, declarations
 from dither.capture.kinds import BATCHED, BUFFER, DERIVED, PARAMETER, Kinds
 from dither.capture.nan import SHOWING
-from dither.capture.ordering import Numbers, reordered
+from dither.capture.ordering import Number, Numbers, reordered
 from dither.capture.places import alias
 from dither.capture.saving import hooked
 from dither.capture.taping import TapeWriter
@@ -83,8 +83,6 @@ class Recorder(TorchFunctionMode):
         self.writer = TapeWriter(self.tape, self.kinds, self.anchor, on_output, randomness)
         self._trace: list[Any] = []
         self._numbers = Numbers()
-        for tensor, _ in self.kinds.declared.values():
-            self._numbers.give(tensor)
         self.reorders_by_data = self.outer_difference = False
         self._replays = False
         self._began = 0
@@ -184,8 +182,13 @@ class Recorder(TorchFunctionMode):
 
     @property
     def trace(self) -> tuple[Any, ...]:
-        """Every operation that ran, with its options: where it is the same, so are the examples' places."""
-        return tuple(self._trace)
+        """Every operation that ran, with its options, and what was said of the tensors that it was given.
+
+        Where it is the same, so are the examples' places.
+        """
+        numbered = ((self._numbers.known(t), declared.axis) for t, declared in self.kinds.declared.values())
+        said = sorted((number, -1 if axis is None else axis) for number, axis in numbered if number is not None)
+        return (*self._trace, *(("declared", number, Number(axis)) for number, axis in said))
 
     def custom_nodes(self) -> CustomNodes:
         """What adopts the custom autograd functions of this recording."""
@@ -289,9 +292,8 @@ class Recorder(TorchFunctionMode):
         return output
 
     def declare(self, tensor: Tensor, declared: Declared) -> None:
-        """Take note of what is said of a tensor: before the recording, or while it runs."""
+        """Take note of what is said of a tensor while the recording runs."""
         self.kinds.declare(tensor, declared)
-        self._numbers.give(tensor)
 
     def applied(self, arguments: Any, output: Any) -> None:
         """Take note of what a custom autograd function gave."""
