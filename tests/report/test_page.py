@@ -110,6 +110,20 @@ def test_what_is_no_run(tmp_path, copy):
         read_contents(copy)
 
 
+def test_a_certificate_of_another_form_is_damaged(copy):
+    (copy / "certificate.json").write_text('{"epsilon": 1}')
+    with pytest.raises(RunFolderError, match=r"certificate\.json is damaged: .* is a required property, and \d+ more"):
+        write_report(copy)
+
+
+def test_a_claim_that_its_ledger_denies_is_not_repeated(copy):
+    change(copy, epsilon=1.0)
+    said = words(write_report(copy))
+    assert "danger The claim does not hold. epsilon is stated as 1; the ledger spends" in said
+    assert "nothing is claimed" in said and "epsilon, void 1.00" in said
+    assert "but for a chance of about" not in said and "Detection of one example" not in said
+
+
 def test_links_lead_to_the_run_from_elsewhere(copy, tmp_path):
     (tmp_path / "pages").mkdir()
     page = write_report(copy, tmp_path / "pages" / "a.html")

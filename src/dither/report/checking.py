@@ -48,13 +48,18 @@ def ledger_of(certificate: Mapping[str, Any]) -> Ledger:
 
 def faults(certificate: Any) -> list[str]:
     """Everything that is wrong with a certificate, in words; empty if its claim holds."""
-    found = list(_faults_of_form(certificate))
-    return found or [
-        *_faults_of_claim(certificate),
-        *_faults_of_plan(certificate),
-        *_faults_of_public(certificate),
-        *_faults_of_epsilon(certificate),
-    ]
+    found = faults_of_form(certificate)
+    return found or [*_faults_of_claim(certificate), *contradictions(certificate)]
+
+
+def faults_of_form(certificate: Any) -> list[str]:
+    """What the schema finds wrong, in words; only where it finds nothing can the rest be read."""
+    return list(_faults_of_form(certificate))
+
+
+def contradictions(certificate: Mapping[str, Any]) -> list[str]:
+    """Where a certificate of the right form states what its own figures or its ledger deny, in words."""
+    return [*_faults_of_plan(certificate), *_faults_of_public(certificate), *_faults_of_epsilon(certificate)]
 
 
 def _faults_of_form(certificate: Any) -> Iterator[str]:

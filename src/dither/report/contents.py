@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from dither.errors import RunFolderError
+from dither.report.checking import faults_of_form
 from dither.telemetry.curves import Points, read_curves
 
 
@@ -74,7 +75,7 @@ def read_contents(path: Path) -> Contents:
     return Contents(
         path=path,
         run=run,
-        certificate=_json(path / "certificate.json"),
+        certificate=_certificate(path / "certificate.json"),
         config=_yaml(path / "config.yaml"),
         curves=read_curves(path / "tensorboard"),
         grids=_grids(path),
@@ -88,6 +89,15 @@ def _grids(path: Path) -> tuple[Grid, ...]:
     grids = sorted((Grid(file, int(found[1])) for file, found in named if found), key=lambda grid: grid.step or 0)
     last = path / "samples.png"
     return (*grids, Grid(last, None)) if last.is_file() else tuple(grids)
+
+
+def _certificate(file: Path) -> dict[str, Any] | None:
+    found = _json(file)
+    faults = [] if found is None else faults_of_form(found)
+    if faults:
+        more = f", and {len(faults) - 1} more" if len(faults) > 1 else ""
+        raise _damaged(file, f"{faults[0]}{more}")
+    return found
 
 
 def _json(file: Path) -> dict[str, Any] | None:
