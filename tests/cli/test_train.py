@@ -8,8 +8,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -141,6 +143,76 @@ def test_interrupted_run_resumes(tmp_path):
     assert logged == list(range(1, steps + 1))
 
 
+def until_step(output: Path, *words: str) -> subprocess.Popen:
+    """A process of `dither train` that has taken a step, and has many before it."""
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-m", "dither", "train", *TINY, *words, "--noise_multiplier=5", f"--output={output}"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert process.stdout is not None
+    assert any(line.startswith("step ") for line in process.stdout)
+    return process
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_a_second_interrupt_says_how_to_go_on(tmp_path, saved):
+    output = tmp_path / "cut"
+    process = until_step(output, "--steps=100000", "--save_every=" + ("0.01" if saved else "1000"))
+    while saved and not (output / "state" / "checkpoint.json").exists():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGSTOP)  # so that both signals come before the step is over
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGCONT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert (f"dither train --resume {output}" in out) is saved
+    assert ("Nothing was saved yet" in out) is not saved
+
+
+def test_a_data_set_that_was_moved_is_said_to_be(failure, tmp_path):
+    data, run = tmp_path / "digits.npz", tmp_path / "run"
+    np.savez(data, images=np.zeros((40, 8, 8), np.uint8), labels=np.arange(40) % 2, class_names=["a", "b"])
+    words = [*TINY, "--steps=1", "--expected_batch_size=20", "--delta=0.01", f"--data.path={data}", f"--output={run}"]
+    assert main(["train", *words]) == 0
+    (tmp_path / "elsewhere").mkdir()
+    moved = data.rename(tmp_path / "elsewhere" / data.name)
+    for command in (["train", "--resume", run], ["verify", run]):
+        said = failure(*command)
+        assert f"no longer at {data}" in said and f"data.path into {run / 'config.yaml'}" in said
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace(str(data), str(moved)))
+    assert main(["train", "--resume", str(run)]) == 0
+
+
+@pytest.mark.parametrize(("delta", "warned"), [("0.001", True), ("0.0005", False)])
+def test_a_delta_that_promises_nothing_is_named_before_the_run(delta, warned, tmp_path, capsys):
+    assert main(["train", *TINY, "--steps=1", f"--delta={delta}", f"--output={tmp_path / 'run'}"]) == 0
+    before, folder, _ = capsys.readouterr().out.partition("Run folder")
+    assert folder and ("is not below 1 / 1,437 images" in before) is warned
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["train", "--data.pth=photos"], "did you mean --data.path?"),
+        (["train", "--epsilonn=3"], "did you mean --privacy.epsilon?"),
+        (["sample", "run", "--lable=3"], "did you mean --label?"),
+        (["train", "--epsilon=nan"], "--privacy.epsilon nan is not known; it may be: a finite number"),
+        (["train", "--steps=2.5"], "it may be: a whole number"),
+        (["train", "--config=CONFIG"], "CONFIG: Option 'epsilonn' is not accepted"),
+        (["train", "--config", "CONFIG"], "did you mean --privacy.epsilon?"),
+    ],
+)
+def test_what_is_mistyped_is_met_halfway(words, said, failure, tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text("epsilonn: 3\n")
+    assert said.replace("CONFIG", str(config)) in failure(*(word.replace("CONFIG", str(config)) for word in words))
+
+
 @pytest.mark.parametrize(
     ("words", "named"),
     [
@@ -216,7 +288,7 @@ def test_resume_of_a_damaged_run(file, content, failure, finished_run, tmp_path)
         shutil.rmtree(damaged)
     else:
         damaged.unlink()
-    failure("train", "--resume", copy)
+    assert failure("train", "--resume", copy).count("Fix: ") == 1
 
 
 @pytest.mark.parametrize(

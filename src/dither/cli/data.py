@@ -57,6 +57,25 @@ def read_data(options: Data, console: Console | None = None, split: Split = "tra
     return data
 
 
+def check_there(options: Data, config: Path) -> None:
+    """Refuse to go on with a run whose data set was moved away, and say where its new place belongs.
+
+    Args:
+        options: the run's.
+        config: its config.yaml.
+
+    Raises:
+        RunFolderError: nothing is where the run's data set was.
+    """
+    from dither.data.reading import HUB
+
+    if options.path is not None and not options.path.startswith(HUB) and not Path(options.path).exists():
+        raise RunFolderError(
+            f"the run's data set is no longer at {options.path}",
+            fix=f"put it back, or write where it is now as data.path into {config}",
+        )
+
+
 def images_of(data: ImageData) -> Images:
     """The public facts that run.json holds."""
     return Images(

@@ -60,7 +60,7 @@ def from_run(path: Path, count: int) -> Subject:
     Raises:
         RunFolderError: no run folder, unfinished or damaged.
     """
-    from dither.cli.data import read_data
+    from dither.cli.data import check_there, read_data
     from dither.cli.models import run_model
     from dither.cli.reading import read_run_options
     from dither.cli.results import load
@@ -71,6 +71,7 @@ def from_run(path: Path, count: int) -> Subject:
     options, images = read_run_options(folder.config), folder.images
     model = run_model(folder, options)
     load(model, folder.load_weights("model"))
+    check_there(options.data, folder.config)
     data = read_data(options.data)
     chosen = data.batch(torch.randperm(len(data))[: count or None])
     return Subject(model, chosen, build_loss(options.recipe, images.num_classes))

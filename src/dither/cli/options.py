@@ -35,6 +35,9 @@ examples:
   dither train --pretrain.path public-photos            first, without noise, on images that are public
   dither train --performance.strategy ghost             another way to the same sums; the claim stays
 
+With --data.path, settings that you do not give are chosen for your images and printed with the reason for each; the
+defaults above are for the digits. docs/recipe.md says more.
+
 --epsilon, --delta, --steps, --noise_multiplier, --max_grad_norm, --expected_batch_size, --microbatch_size, --threads
 and --strategy are short for the options of the same name above. A run is a folder: weights, EMA, samples.png,
 certificate.json, TensorBoard log, state.

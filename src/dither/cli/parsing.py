@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -32,7 +33,35 @@ def parse(parser: ArgumentParser, words: Sequence[str], **settings: Any) -> Name
     try:
         return parser.parse_args(list(words), **settings)
     except argparse.ArgumentError as error:
-        raise ConfigurationError(_plain(str(error)), fix=f"see {parser.prog} --help") from None
+        what = _plain(str(error))
+        raise ConfigurationError(_of_file(what, words), fix=_fix(parser, what)) from None
+
+
+_KINDS = {
+    "float": "a finite number",
+    "int": "a whole number",
+    "bool": "true or false",
+    "str": "a text",
+    "Path": "a path",
+}
+"""Types of values, in words."""
+
+
+def _of_file(what: str, words: Sequence[str]) -> str:
+    """Say in which file the matter is, where it is the file's and not an option's."""
+    file = re.search(r"(?:^|\n)--config[=\n](.*)", "\n".join(words))
+    return f"{file[1]}: {what}" if file and re.match(r"Problems parsing|Option '|Unexpected config", what) else what
+
+
+def _fix(parser: ArgumentParser, what: str) -> str:
+    """Where to look, and the option that an unknown name is closest to."""
+    unknown = re.search(r"unrecognized arguments: --([\w.]+)|Option '([\w.]+)' is not accepted", what)
+    names: dict[str, str] = {}
+    for name in parser.get_defaults(skip_validation=True).keys() if unknown else ():
+        names.setdefault(name.rpartition(".")[2], name)
+        names[name] = name
+    close = difflib.get_close_matches(unknown[1] or unknown[2], names, 1) if unknown else []
+    return f"{f'did you mean --{names[close[0]]}? ' if close else ''}see {parser.prog} --help"
 
 
 def _plain(message: str) -> str:
@@ -45,5 +74,5 @@ def _plain(message: str) -> str:
     if not found:
         return re.sub(r'^Parser key "([\w.]+)":', r"--\1:", message)
     choices = re.findall(r"Expected (?:an? )?(?:<class '(\w+)'>|typing\.Literal\[(.*?)\])", message)
-    allowed = [name or literals for name, literals in choices if name != "NoneType"]
+    allowed = [_KINDS.get(name, name) or literals for name, literals in choices if name != "NoneType"]
     return f"--{found[1]} {found[2]} is not known; it may be: {' or '.join(allowed)}"

@@ -104,7 +104,8 @@ def _parse_run_config(parser: ArgumentParser, config: Path, words: Sequence[str]
     try:
         parse(parser, ["--config", str(config)])
     except (DitherError, ValueError, TypeError) as error:
-        raise RunFolderError(f"{config} is damaged: {error}", fix="restore it from a copy, or train again") from None
+        why = error.what.removeprefix(f"{config}: ") if isinstance(error, DitherError) else error
+        raise RunFolderError(f"{config} is damaged: {why}", fix="restore it from a copy, or train again") from None
     return parse(parser, ["--config", str(config), *words])
 
 

@@ -101,6 +101,11 @@ class RunFolder:
         return is_complete(self.state)
 
     @property
+    def can_resume(self) -> bool:
+        """Whether a resume finds anything, of the private steps or of what comes before them."""
+        return self.has_state or self.beginning.exists()
+
+    @property
     def tensorboard(self) -> Path:
         """The curves."""
         return self.path / "tensorboard"

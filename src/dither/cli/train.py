@@ -15,7 +15,7 @@ from rich.console import Console
 
 from dither.cli.beginning import begin, has_beginning, prepare
 from dither.cli.choosing import choose_for_data
-from dither.cli.data import check_same, fit_patches, images_of, read_data
+from dither.cli.data import check_same, check_there, fit_patches, images_of, read_data
 from dither.cli.interrupts import StopRequest
 from dither.cli.models import run_model, start_model
 from dither.cli.options import Options
@@ -69,8 +69,12 @@ def run(words: Sequence[str]) -> int:
     console.print(f"Run folder {folder}", highlight=False, soft_wrap=True)
     if options.seed is not None:
         console.print("A seed makes the noise predictable: this run is NOT PRIVATE.", style="bold red")
-    training = _resume(ready) if ready.folder.has_state else _begin(ready, console)
-    finished = training is not None and _train(ready, training, console)
+    try:
+        training = _resume(ready) if ready.folder.has_state else _begin(ready, console)
+        finished = training is not None and _train(ready, training, console)
+    except KeyboardInterrupt:  # the second, which does not wait for the step
+        console.print(f"Interrupted. {_way_on(ready.folder)}", highlight=False, soft_wrap=True)
+        return INTERRUPTED
     if training is not None:
         write_results(ready.folder, ready.model, training)
     if training is None or not finished:
@@ -96,6 +100,7 @@ def _create(options: Options, console: Console) -> Run:
     data = read_data(options.data, console)
     images = images_of(data)
     options = choose_for_data(options, images, len(data), console)
+    _warn_of_delta(options.privacy.delta, len(data), console)
     if options.model == "dit" and options.finetune_from is None:  # a checkpoint has patches of its own
         options = with_settings(options, {"recipe": fit_patches(options.recipe, images, console)})
     public = read_public(options, images, console)
@@ -113,11 +118,31 @@ def _create(options: Options, console: Console) -> Run:
     return ready if has_beginning(options) else replace(ready, training=training)
 
 
+def _warn_of_delta(delta: float, size: int, console: Console) -> None:
+    """Say before anything is spent that a delta promises nothing, as the report would afterwards."""
+    if delta >= 1 / size:
+        console.print(
+            f"Delta {delta:g} is not below 1 / {size:,} images: publishing one of them at random would meet it. "
+            "Choose a smaller --privacy.delta, by a factor of ten where you can.",
+            style="bold red",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+def _way_on(folder: RunFolder) -> str:
+    """What to do after a run was cut off, in words."""
+    if folder.can_resume:
+        return f"What was done since the last save is lost. Go on with:\n  dither train --resume {folder.path}"
+    return f"Nothing was saved yet: remove {folder.path} and begin again."
+
+
 def _open(options: Options, console: Console) -> Run:
     assert options.resume is not None
     folder = RunFolder.open(options.resume)
-    if not folder.has_state and not folder.beginning.exists():
+    if not folder.can_resume:
         raise RunFolderError(f"{folder.path} was stopped before its state was saved", fix="start again: dither train")
+    check_there(options.data, folder.config)
     data = read_data(options.data, console)
     check_same(folder.images, data)
     return Run(folder, options, run_model(folder, options), data)
