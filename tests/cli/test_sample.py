@@ -72,6 +72,7 @@ def test_nothing_is_replaced_unasked(failure, finished_run, tmp_path, monkeypatc
     assert "out is not empty" in failure(*words, "--folder=out", "--overwrite")
     (tmp_path / "x.npz").write_text("mine")
     assert "x.npz is there already" in failure(*words, "--npz=x.npz")
+    assert "--npz x.npz" in failure(*words, "--npz=x") and not (tmp_path / "x").exists()
     assert (tmp_path / "x.npz").read_text() == "mine"
 
 

@@ -91,6 +91,11 @@ def run(words: Sequence[str]) -> int:
     folder = RunFolder.open(options.run)
     labels = balanced_labels(options.label, options.count, folder.images)
     grid = GRID if options.output is options.folder is options.npz is None else options.output
+    if options.npz is not None and options.npz.suffix != ".npz":
+        raise ConfigurationError(
+            f"--npz {options.npz} does not end in .npz, by which dither evaluate and train know such a file",
+            fix=f"--npz {options.npz}.npz",
+        )
     for file in filter(None, (grid, options.npz)):
         check_new_file(file, options.overwrite)
     if options.folder is not None:
