@@ -31,6 +31,10 @@ FROM_DATA = {torch.tensor, torch.as_tensor, torch.asarray, torch.frombuffer, tor
 FROM_DATA |= {torch.sparse_coo_tensor, torch.sparse_csr_tensor, torch.sparse_compressed_tensor}
 """Functions whose result holds what lists and arrays hold, which no torch function shows."""
 
+_GRAD_FN: Any = torch.Tensor.grad_fn
+HOOKS = {torch.Tensor.register_hook, _GRAD_FN.__get__}
+"""Functions that put something of the user's own on a gradient's way, or give the graph node that takes it."""
+
 READS_METADATA = {torch.Tensor.type_as, torch.Tensor.to, torch.Tensor.view_as, torch.Tensor.expand_as}
 READS_METADATA |= {torch.Tensor.reshape_as}
 """Functions that use only shape, dtype or device of a second tensor."""
@@ -70,6 +74,11 @@ def place_of(tensor: Tensor) -> Any:
     if tensor.layout != torch.strided or isinstance(tensor, UninitializedParameter):
         return None
     return tensor.storage_offset(), tensor.shape
+
+
+def shape_of(tensor: Tensor) -> torch.Size | None:
+    """A tensor's shape; None if it has none."""
+    return None if tensor.is_nested or isinstance(tensor, UninitializedParameter) else tensor.shape
 
 
 def memory_of(tensor: Tensor) -> int:

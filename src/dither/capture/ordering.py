@@ -1,7 +1,7 @@
 """Whether the same operations put the same rows in the same places: what was proved of their order then still holds.
 
-Operations are the same if they are given the same options and the results of the same operations before them. Where
-what a tensor holds (an index, a sparse matrix) decides about rows, nothing says so.
+Operations are the same if they are given the same options and the results of the same operations before them, all of
+the same shapes. Where what a tensor holds (an index, a sparse matrix) decides about rows, nothing says so.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from dither.capture.operations import name_of, parts_of, place_of
-from dither.capture.uses import tensors_in
+from dither.capture.custom import OWN
+from dither.capture.operations import name_of, parts_of, place_of, shape_of
 
 _REORDERING = {
     "_pack_padded_sequence",
@@ -58,24 +59,38 @@ _KEEPING = {
 """Functions that leave every row where it is, whatever integers or masks they are given; losses too."""
 
 
-class Number(int):
-    """Which tensor of a recording; no size, which would be compared with the batch's."""
+Number = str
+"""Which tensor of a recording; no integer, which could be an option of an operation, or a size."""
 
 
 class Numbers:
     """Numbers tensors in the order in which operations are given them and return them.
 
     The same operations on the same tensors so give the same numbers.
+
+    Attributes:
+        shapes: of every tensor, in that order.
+        began: sequence number of the recording's first graph node.
+        unseen: whether a tensor came out of operations of this recording that nobody saw (a scripted function): of
+            these nothing says that they are the same.
     """
 
     def __init__(self) -> None:
         self._known: dict[int, tuple[weakref.ref[Tensor], Number]] = {}
         self._next = 0
+        self.shapes: list[torch.Size | None] = []
+        self.began = 0
+        self.unseen = False
 
     def of(self, tensor: Tensor) -> Number:
         """A tensor's number; a new one at first sight."""
         number = self.known(tensor)
-        return self.give(tensor) if number is None else number
+        if number is not None:
+            return number
+        node = tensor.grad_fn
+        if node is not None and node._sequence_nr() >= self.began and node.name() != OWN:
+            self.unseen = True
+        return self.give(tensor)
 
     def known(self, tensor: Tensor) -> Number | None:
         """A tensor's number, if an operation was given it or returned it."""
@@ -85,14 +100,23 @@ class Numbers:
     def give(self, tensor: Tensor) -> Number:
         """A new number: it is an operation's result."""
         self._next += 1
-        number = Number(self._next)
+        number = f"tensor {self._next}"
         self._known[id(tensor)] = (weakref.ref(tensor), number)
+        self.shapes.append(shape_of(tensor))
         return number
 
     def options_of(self, tree: Any) -> Any:
-        """Arguments as something hashable: tensors by their numbers, the rest as it is."""
-        if type(tree) in _PLAIN:
+        """Arguments as something hashable: tensors by their numbers, the rest as it is.
+
+        Of Python's hashes, those of -1 and -2, and of 1, 1.0 and True, are the same: they are told apart.
+        """
+        kind = type(tree)
+        if kind in _PLAIN:
             return tree
+        if kind is int:
+            return "-1" if tree == -1 else tree
+        if kind is bool:
+            return ("bool", tree)
         if isinstance(tree, Tensor):
             return self.of(tree)
         if isinstance(tree, (list, tuple)):
@@ -103,11 +127,13 @@ class Numbers:
             return tuple((key, self.options_of(item)) for key, item in tree.items())
         if isinstance(tree, slice):
             return ("slice", self.options_of((tree.start, tree.stop, tree.step)))
-        return tree if isinstance(tree, _OPTIONS) else type(tree)
+        if isinstance(tree, (np.integer, np.bool_)):
+            return self.options_of(tree.item())
+        return tree if isinstance(tree, _OPTIONS) else kind
 
 
-_OPTIONS = (int, float, str, bool, torch.dtype)
-_PLAIN = frozenset(_OPTIONS)
+_PLAIN = frozenset({float, str, torch.dtype})
+_OPTIONS = (int, *_PLAIN)
 
 
 @lru_cache(maxsize=4096)
@@ -133,13 +159,20 @@ def reordered(function: Any, args: Any, kwargs: Any, tensors: Sequence[Tensor]) 
     name = name_of(function)
     if name in ("__getitem__", "__setitem__"):
         return tensors if any(_chooses(part) for part in parts_of(args[1])) else ()
-    if name == "embedding":
-        return tensors_in(args[1:2], kwargs.get("input"))
     if _keeps(name):
         return ()
     if name == "repeat_interleave" and len(tensors) == 1:  # by a number, which is in the options
         return ()
     return tensors if _is_listed(name) or any(_may_say_where(tensor) for tensor in tensors) else ()
+
+
+def says_nothing(tree: Any) -> bool:
+    """Whether an object is among arguments of which `options_of` says no more than its type."""
+    if isinstance(tree, (list, tuple)):
+        return any(says_nothing(item) for item in tree)
+    if isinstance(tree, dict):
+        return any(says_nothing(item) for item in tree.values())
+    return not (tree is None or isinstance(tree, (Tensor, np.integer, np.bool_, torch.device, *_OPTIONS)))
 
 
 def _may_say_where(tensor: Tensor) -> bool:

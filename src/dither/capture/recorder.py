@@ -24,7 +24,7 @@ from dither.capture.custom import CustomNodes
 from dither.capture.declared import Declared, declarations
 from dither.capture.kinds import BATCHED, BUFFER, DERIVED, PARAMETER, Kinds
 from dither.capture.nan import SHOWING
-from dither.capture.ordering import Number, Numbers, reordered
+from dither.capture.ordering import Number, Numbers, reordered, says_nothing
 from dither.capture.places import alias
 from dither.capture.saving import hooked
 from dither.capture.taping import TapeWriter
@@ -83,7 +83,7 @@ class Recorder(TorchFunctionMode):
         self.writer = TapeWriter(self.tape, self.kinds, self.anchor, on_output, randomness)
         self._trace: list[Any] = []
         self._numbers = Numbers()
-        self.reorders_by_data = self.outer_difference = False
+        self._may_change = self.outer_difference = False
         self._replays = False
         self._began = 0
         self._entered = False
@@ -94,7 +94,7 @@ class Recorder(TorchFunctionMode):
         self._compiled = watching.as_written()
         self._compiled.__enter__()
         first = self.anchor.clone().grad_fn
-        self._began = first._sequence_nr() if first is not None else 0
+        self._began = self._numbers.began = first._sequence_nr() if first is not None else 0
         super().__enter__()
         self._entered = True
         return self
@@ -143,7 +143,7 @@ class Recorder(TorchFunctionMode):
         finally:
             super().__enter__()
 
-    def missed(self, what: str, inputs: tuple[Any, ...], output: Any) -> None:
+    def missed(self, what: Any, inputs: tuple[Any, ...], output: Any) -> None:
         """Take note, in the trace, of operations that were not seen."""
         self._trace.append((what, self._numbers.options_of(inputs), ()))
         self._gave(output)
@@ -171,24 +171,43 @@ class Recorder(TorchFunctionMode):
         given = tensors_in(args, kwargs)
         output = self._dispatch(func, args, kwargs, given)
         if not self._replays:
-            self._trace.append((func, self._numbers.options_of(args), self._numbers.options_of(kwargs)))
+            given_as = tuple(self._numbers.options_of(argument) for argument in args)
+            self._trace.append((func, given_as, self._numbers.options_of(kwargs)))
             self._gave(output)
             if takes_outer_difference(func, given):  # with constants it is each example's own
                 self.outer_difference |= not any(self.kinds.is_ours(tensor) for tensor in given)
-            if not self.reorders_by_data:
-                picked = reordered(func, args, kwargs, given)
-                self.reorders_by_data = any(self.kinds.varies(tensor) for tensor in picked)
+            if not self._may_change:
+                picked = given if func in operations.HOOKS else reordered(func, args, kwargs, given)
+                self._may_change = any(self.kinds.varies(tensor) for tensor in picked)
         return output
 
     @property
     def trace(self) -> tuple[Any, ...]:
         """Every operation that ran, with its options, and what was said of the tensors that it was given.
 
-        Where it is the same, so are the examples' places.
+        Where it is the same, with the same `shapes`, so are the examples' places.
         """
         numbered = ((self._numbers.known(t), declared.axis) for t, declared in self.kinds.declared.values())
-        said = sorted((number, -1 if axis is None else axis) for number, axis in numbered if number is not None)
-        return (*self._trace, *(("declared", number, Number(axis)) for number, axis in said))
+        said = sorted((number, f"axis {axis}") for number, axis in numbered if number is not None)
+        return (*self._trace, *(("declared", number, axis) for number, axis in said))
+
+    @property
+    def shapes(self) -> tuple[torch.Size | None, ...]:
+        """Of every tensor that an operation was given or returned, in order."""
+        return tuple(self._numbers.shapes)
+
+    @property
+    def may_change(self) -> bool:
+        """Whether the examples' places may be others the next time, under the same trace.
+
+        Rows are picked by data after a parameter was used; a hook, or an object that a custom autograd function is
+        given, decides what becomes of their gradients; or operations ran that were not seen.
+        """
+        return self._may_change or self._numbers.unseen
+
+    def number_of(self, tensor: Tensor) -> Number:
+        """Which of the tensors of the trace a tensor is."""
+        return self._numbers.of(tensor)
 
     def custom_nodes(self) -> CustomNodes:
         """What adopts the custom autograd functions of this recording."""
@@ -295,11 +314,12 @@ class Recorder(TorchFunctionMode):
         """Take note of what is said of a tensor while the recording runs."""
         self.kinds.declare(tensor, declared)
 
-    def applied(self, arguments: Any, output: Any) -> None:
+    def applied(self, function: Any, arguments: Any, output: Any) -> None:
         """Take note of what a custom autograd function gave."""
         self.kinds.computed_by_function(arguments, output)
         if not self._replays:
-            self.missed("a custom autograd function", arguments, output)
+            self.missed(function, arguments, output)
+            self._may_change |= says_nothing(arguments) and any(self.kinds.varies(t) for t in tensors_in(output))
 
     def _use(self, func: Any, args: Any, kwargs: Any, used: set[int]) -> Any:
         name = operations.name_of(func)

@@ -25,7 +25,7 @@ from dither.errors import NestedRecorderError
 class Watcher(Protocol):
     """A recorder."""
 
-    def applied(self, arguments: Any, output: Any) -> None:
+    def applied(self, function: Any, arguments: Any, output: Any) -> None:
         """Take note of what a custom autograd function returned."""
 
     def declare(self, tensor: Tensor, declared: Any) -> None:
@@ -87,7 +87,7 @@ def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
             )
     output = _original.__get__(None, cls)(*args, **kwargs)
     if watcher is not None:
-        watcher.applied((args, kwargs), output)
+        watcher.applied(cls, (args, kwargs), output)
     return output
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -110,5 +110,12 @@ def relative_to(batch: int, tree: Any) -> Any:
     if isinstance(tree, tuple):
         return tuple(relative_to(batch, item) for item in tree)
     if type(tree) is int and batch > 1 and tree and tree % batch == 0:
-        return ("batches", tree // batch)
+        return ("batches", str(tree // batch))  # not the number: Python's hashes of -1 and -2 are the same
     return tree
+
+
+def broadcast_of(batch: int, shape: Sequence[int] | None) -> tuple[str, ...] | None:
+    """A shape as far as it says what is broadcast against the examples, for all batch sizes and lengths alike."""
+    if shape is None:
+        return None
+    return tuple("one" if size == 1 else "batch" if size == batch else "more" for size in shape)

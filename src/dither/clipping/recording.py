@@ -18,7 +18,7 @@ from dither.capture.recorder import Recorder
 from dither.capture.taping import CALL
 from dither.capture.uses import ParamUse, Tape
 from dither.clipping.collectors import Buffers
-from dither.clipping.memory import memory_of, relative_to
+from dither.clipping.memory import broadcast_of, memory_of, relative_to
 from dither.errors import BufferUpdateError, CaptureError, ConfigurationError, CoverageError, UnsupportedOpError
 from dither.rules import table
 
@@ -95,7 +95,9 @@ class Recorded:
         self._memory = memory_of(model)
         self._signed: int | None = None
         self._trace: tuple[Any, ...] = ()
-        self._reorders = False
+        self._shapes: tuple[torch.Size | None, ...] = ()
+        self._read: Any = None
+        self._may_change = False
         self.replaying: Replaying | None = None
         self.anchor = torch.empty(0)
 
@@ -103,13 +105,14 @@ class Recorded:
         """The graph node of each recorded output, by its call's index."""
         return {}
 
-    def take(self, recorder: Recorder) -> None:
-        """Take what a recorder saw, once it has stopped."""
+    def take(self, recorder: Recorder, losses: Tensor | None = None) -> None:
+        """Take what a recorder saw, once it has stopped; and which of the tensors the losses are, where it saw them."""
+        self._read = None if losses is None else recorder.number_of(losses)
         self.tape, self.anchor = recorder.tape, recorder.anchor
         self.replaying = recorder.replaying if recorder.tape.hides else None
         self._memory.keep_constants(recorder.kinds.constants())
         recorder.writer.on_output = None
-        self._trace, self._reorders = recorder.trace, recorder.reorders_by_data
+        self._trace, self._shapes, self._may_change = recorder.trace, recorder.shapes, recorder.may_change
 
     @property
     def device(self) -> torch.device:
@@ -178,8 +181,9 @@ class Recorded:
         self.refuse_beforehand()
         # Every pair of examples once for each sequence of operations; other batch sizes of it need the layouts only.
         trace = hash(relative_to(self.batch, self._trace))
-        sequence = (trace, self.batch > 2, tuple(self.tape.followed), context)
-        thorough |= self._reorders or sequence not in self._memory.uncoupled
+        spread = tuple(broadcast_of(self.batch, shape) for shape in self._shapes)
+        sequence = (trace, hash(spread), self._read, self.batch > 2, tuple(self.tape.followed), context)
+        thorough |= self._may_change or sequence not in self._memory.uncoupled
         places = Places.of(self.tape, self.anchor, self.nodes)
         axes = decide_examples(places, self.batch, probe, thorough, known)
         if any(isinstance(axis, Ragged) or not (axis is None or axis.certain) for axis in axes.values()):
@@ -204,15 +208,16 @@ class Recorded:
         return self._memory.plan((self._signed, key), make)
 
     def _signature(self, context: Any) -> Any:
-        """What must be the same for decided places to hold: every operation, its options, and every output's shape.
+        """What must be the same for decided places to hold: every operation, its options, every shape, and the losses.
 
-        None, never kept, where rows are picked by an index tensor after a parameter was used.
+        None, never kept, where the places may be others the next time all the same.
         """
-        if self._reorders:
+        if self._may_change:
             return None
         calls = tuple(call.output_shape for call in self.tape.calls)
         uses = tuple((use.call.index, use.slot, use.name) for use in self.tape.uses)
-        return (self.batch, self._trace, calls, uses, tuple(self.tape.followed.items()), context)
+        seen = (self._trace, self._shapes, self._read)
+        return (self.batch, seen, calls, uses, tuple(self.tape.followed.items()), context)
 
 
 class Recording(Recorded):
@@ -252,7 +257,7 @@ class Recording(Recorded):
         self._leaves = Leaves((), frozenset())
         if self.batch:
             self._leaves = Leaves.behind(self.losses, self.parameters, recorder.custom_nodes())
-        self.take(recorder)
+        self.take(recorder, self.losses)
         self._known: dict[int, ExampleAxis] = {}
         if self.batch:
             self._known = {i: declared.layout(t, self.batch) for i, (t, declared) in recorder.layouts.items()}
