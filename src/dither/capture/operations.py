@@ -39,6 +39,25 @@ READS_METADATA = {torch.Tensor.type_as, torch.Tensor.to, torch.Tensor.view_as, t
 READS_METADATA |= {torch.Tensor.reshape_as}
 """Functions that use only shape, dtype or device of a second tensor."""
 
+DESCRIBES: set[Callable[..., Any]] = {
+    getattr(torch.Tensor, name).__get__
+    for name in (
+        "shape",
+        "dtype",
+        "device",
+        "ndim",
+        "layout",
+        "requires_grad",
+        "is_cuda",
+        "is_cpu",
+        "is_meta",
+        "is_leaf",
+    )
+} | {torch.Tensor.size, torch.Tensor.dim, torch.Tensor.numel, torch.Tensor.stride, torch.Tensor.is_contiguous}
+DESCRIBES |= {torch.Tensor.is_floating_point, torch.is_floating_point, torch.Tensor.is_complex, torch.is_complex}
+DESCRIBES |= {torch.numel, torch.Tensor.element_size, torch.Tensor.storage_offset, torch.Tensor.__len__}
+"""Functions that say what a tensor is, and nothing of what it holds: they change nothing and return no tensor."""
+
 _OVERRIDABLE = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
 
 

@@ -117,23 +117,28 @@ class Numbers:
             return "-1" if tree == -1 else tree
         if kind is bool:
             return ("bool", tree)
+        if kind is slice:
+            return ("slice", *[self.options_of(end) for end in (tree.start, tree.stop, tree.step)])
         if isinstance(tree, Tensor):
             return self.of(tree)
         if isinstance(tree, (list, tuple)):
-            if len(tree) > 1 and all(isinstance(item, Tensor) for item in tree):  # rows, perhaps, of the same memory
-                return tuple((self.of(item), place_of(item)) for item in tree)
-            return tuple(self.options_of(item) for item in tree)
+            if len(tree) > 1 and _are_tensors(tree):  # rows, perhaps, of the same memory
+                return tuple([(self.of(item), place_of(item)) for item in tree])
+            return tuple([self.options_of(item) for item in tree])
         if isinstance(tree, dict):
-            return tuple((key, self.options_of(item)) for key, item in tree.items())
-        if isinstance(tree, slice):
-            return ("slice", self.options_of((tree.start, tree.stop, tree.step)))
+            return tuple([(key, self.options_of(item)) for key, item in tree.items()])
         if isinstance(tree, (np.integer, np.bool_)):
             return self.options_of(tree.item())
         return tree if isinstance(tree, _OPTIONS) else kind
 
 
-_PLAIN = frozenset({float, str, torch.dtype})
-_OPTIONS = (int, *_PLAIN)
+_OPTIONS = (int, float, str, torch.dtype)
+_PLAIN = frozenset({float, str, torch.dtype, type(None), type(Ellipsis)})
+
+
+def _are_tensors(items: Sequence[Any]) -> bool:
+    """Whether every item is a tensor; most lists say so at once."""
+    return isinstance(items[0], Tensor) and all(isinstance(item, Tensor) for item in items)
 
 
 @lru_cache(maxsize=4096)

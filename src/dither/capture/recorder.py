@@ -158,6 +158,8 @@ class Recorder(TorchFunctionMode):
     ) -> Any:
         """Pass operations through; record those that use a parameter with the examples."""
         kwargs = kwargs or {}
+        if func in operations.DESCRIBES:
+            return func(*args, **kwargs)
         if getattr(func, "__wrapped__", func) in operations.BACKWARD:
             raise NestedRecorderError(
                 "A backward pass runs inside the loss function, or inside another backward pass.",
@@ -171,7 +173,7 @@ class Recorder(TorchFunctionMode):
         given = tensors_in(args, kwargs)
         output = self._dispatch(func, args, kwargs, given)
         if not self._replays:
-            given_as = tuple(self._numbers.options_of(argument) for argument in args)
+            given_as = tuple([self._numbers.options_of(argument) for argument in args])
             self._trace.append((func, given_as, self._numbers.options_of(kwargs)))
             self._gave(output)
             if takes_outer_difference(func, given):  # with constants it is each example's own

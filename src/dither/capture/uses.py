@@ -43,9 +43,10 @@ def tensors_in(*trees: Any) -> list[Tensor]:
 
 def _gather(items: Iterable[Any], found: list[Tensor]) -> None:
     for item in items:
-        if type(item) in _ATOMS:
+        kind = type(item)
+        if kind in _ATOMS:
             continue
-        if isinstance(item, Tensor):
+        if kind is Tensor or isinstance(item, Tensor):
             found.append(item)
         elif isinstance(item, (list, tuple)):
             _gather(item, found)
