@@ -350,7 +350,7 @@ def test_saving_again_replaces_one_state_and_a_failed_save_keeps_the_old_one(tmp
     assert len(list(tmp_path.iterdir())) == 3 and (tmp_path / "notes.txt").exists()
     training.step()
     with monkeypatch.context() as patched:
-        patched.setattr("dither.checkpoint.os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+        patched.setattr("dither.files.os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
         with pytest.raises(errors.OutputPathError, match="disk full"):
             training.save(tmp_path)
     fresh = model()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import pickle
 import secrets
 from collections.abc import Iterator, Mapping
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from dither import files
 from dither.accounting import Ledger
 from dither.errors import DitherError, LedgerError, OutputPathError, RunFolderError
 
@@ -41,33 +41,32 @@ def write(path: Path, state: Mapping[str, Any], step: int) -> None:
     Raises:
         OutputPathError: the folder cannot be written.
     """
-    token = secrets.token_hex(4)
-    name = f"state-{step:08d}-{token}.pt"
+    state_file = path / f"state-{step:08d}-{secrets.token_hex(4)}.pt"
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        with open(path / name, "wb") as file:
-            torch.save(dict(state), file)
-            file.flush()
-            os.fsync(file.fileno())
-        torch.load(path / name, map_location="cpu", weights_only=True, mmap=True)  # what cannot be read is not a copy
-        manifest = {"format": _FORMAT, "state": name, "sha256": _sha256(path / name), "step": step}
-        temporary = path / f"{_MANIFEST}.{token}"
-        with open(temporary, "w") as text:
-            json.dump(manifest, text, indent=2)
-            text.flush()
-            os.fsync(text.fileno())
-        os.replace(temporary, path / _MANIFEST)
-        for other in path.glob("state-*-*.pt"):
-            if other.name != name:
-                other.unlink(missing_ok=True)
+        files.make_folder(path)
+        with files.replacing(state_file) as partial:
+            torch.save(dict(state), partial)
+            torch.load(partial, map_location="cpu", weights_only=True, mmap=True)  # what cannot be read is no copy
+        manifest = {"format": _FORMAT, "state": state_file.name, "sha256": _sha256(state_file), "step": step}
+        with files.replacing(path / _MANIFEST) as partial:
+            partial.write_text(json.dumps(manifest, indent=2))
     except (OSError, RuntimeError, pickle.PickleError, AttributeError, TypeError) as error:
-        for leftover in (path / name, path / f"{_MANIFEST}.{token}"):
-            with suppress(OSError):
-                leftover.unlink()
+        with suppress(OSError):
+            state_file.unlink()
         raise OutputPathError(
             f"The checkpoint cannot be written to {path}: {error}",
             fix="check the path, its permissions, the disk, and that optimizer and scheduler hold plain numbers",
         ) from error
+    _remove_all_but(state_file)
+
+
+def _remove_all_but(state_file: Path) -> None:
+    """Remove earlier states and what killed processes left; the disk has the manifest of this one."""
+    with suppress(OSError):  # the new state is complete, and the next one tries again
+        for other in (*state_file.parent.glob("state-*-*.pt"), *state_file.parent.glob("state-*-*.pt.*.part")):
+            if other != state_file:
+                other.unlink(missing_ok=True)
+        files.remove_partials(state_file.parent / _MANIFEST)
 
 
 def is_complete(path: Path) -> bool:

@@ -72,6 +72,10 @@ class RunFolderError(DitherError):
     """A run folder is missing, corrupt, or was not written by dither."""
 
 
+class FolderInUseError(DitherError):
+    """Another process trains in a folder, or evaluates into it."""
+
+
 class CheckpointError(DitherError):
     """A model's file or folder is missing, damaged, or of an architecture that does not fit."""
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -85,6 +88,19 @@ def test_a_second_private_score_counts_the_first(finished_run, tmp_path):
         kept = json.loads((run / "evaluation.json").read_text())["private_score"]
         spent.append(kept["epsilon_spent_on_held_out_images"]["value"])
     assert spent[0] <= 1.0 < spent[1] and spent[2] == spent[1]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such lock")
+def test_two_processes_do_not_evaluate_one_run(finished_run, tmp_path, failure):
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    program = "import sys\nfrom pathlib import Path\nfrom dither.cli.locking import evaluating_alone\n"
+    program += "with evaluating_alone(Path(sys.argv[1])):\n    print('held', flush=True)\n    sys.stdin.read()\n"
+    with subprocess.Popen(
+        [sys.executable, "-c", program, str(run)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout is not None and other.stdout.readline() == "held\n"
+        assert "another process evaluates" in failure("evaluate", run, "--count=4", "--classifiers", "CNN")
+    assert main(["evaluate", str(run), "--count=4", "--classifiers", "CNN"]) == 0
 
 
 def test_a_full_disk_keeps_the_account_of_private_scores(finished_run, tmp_path, monkeypatch, capsys):

@@ -213,6 +213,31 @@ def test_what_is_mistyped_is_met_halfway(words, said, failure, tmp_path):
     assert said.replace("CONFIG", str(config)) in failure(*(word.replace("CONFIG", str(config)) for word in words))
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such lock")
+def test_two_processes_do_not_train_one_run(tmp_path, failure):
+    """Beside a real process that trains, or resumes, another is refused; once the first is killed, it is not."""
+    output, steps = tmp_path / "run", 40
+    words = [*TINY, f"--steps={steps}", "--noise_multiplier=5", "--save_every=0.001", f"--output={output}"]
+    for arguments in (words, [f"--resume={output}"]):
+        process = subprocess.Popen(
+            [sys.executable, "-u", "-m", "dither", "train", *arguments],
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        assert process.stdout is not None
+        next(line for line in process.stdout if line.startswith("step "))
+        while not (output / "state" / "checkpoint.json").exists():
+            time.sleep(0.01)
+        process.send_signal(signal.SIGSTOP)  # neither dead nor done
+        assert "another process trains" in failure("train", f"--resume={output}")
+        process.kill()
+        process.communicate()
+    assert json.loads((output / "state" / "checkpoint.json").read_text())["step"] < steps
+    assert main(["train", f"--resume={output}"]) == 0
+    assert read_certificate(output)["steps_done"] == steps
+
+
 @pytest.mark.parametrize(
     ("words", "named"),
     [

@@ -5,7 +5,6 @@ beginning.pt   where it stands: the part, its weights and optimizer; until the p
 
 from __future__ import annotations
 
-import os
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +17,7 @@ from dither.cli.public_data import public_facts, public_training, read_public
 from dither.cli.warm_up import release, warm_up_training
 from dither.diffusion.over_mixture import OverMixture
 from dither.errors import RunFolderError
+from dither.files import remove_partials, replacing
 from dither.release import ClassMixtures
 
 if TYPE_CHECKING:
@@ -133,9 +133,6 @@ def _read(folder: RunFolder) -> dict[str, Any]:
 
 def _write(folder: RunFolder, state: dict[str, Any]) -> None:
     """Write where the beginning stands; a crash leaves what was written before."""
-    temporary = folder.beginning.with_suffix(".part")
-    with temporary.open("wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, folder.beginning)
+    remove_partials(folder.beginning)  # of this run's processes before, which were killed
+    with replacing(folder.beginning) as partial:
+        torch.save(state, partial)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,6 +16,7 @@ from dither.cli.data import read_data
 from dither.cli.options import Data
 from dither.cli.parsing import Formatter, parse
 from dither.errors import ConfigurationError, OutputPathError
+from dither.files import replacing
 
 EXAMPLES = """
 examples:
@@ -119,12 +118,9 @@ def _new_file(output: Path) -> Iterator[Path]:
         raise OutputPathError(
             f"{output} cannot be written: {error.strerror}", fix="give a path you may write"
         ) from error
-    descriptor, partial = tempfile.mkstemp(dir=output.parent, suffix=".partial")
-    os.close(descriptor)
     try:
-        yield Path(partial)
-        os.replace(partial, output)
+        with replacing(output) as partial:
+            yield partial
     except BaseException:
-        os.unlink(partial)
         output.unlink()
         raise

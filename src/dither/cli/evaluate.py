@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,11 +15,13 @@ from rich.table import Table
 from dither.cli.data import pictures, read_data
 from dither.cli.figures import figures
 from dither.cli.held_out import read_held_out
+from dither.cli.locking import evaluating_alone
 from dither.cli.options import Data
 from dither.cli.outputs import check_new_folder
 from dither.cli.parsing import Formatter, parse
 from dither.cli.run_folder import RunFolder
 from dither.errors import ConfigurationError, DataError
+from dither.files import make_folder, replacing
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -103,6 +105,13 @@ def run(words: Sequence[str]) -> int:
         raise ConfigurationError("samples have no folder for results", fix="give one: --output evaluation")
     if options.output is not None:
         check_new_folder(output)
+    with evaluating_alone(output) if options.output is None else nullcontext():
+        _evaluate(options, folder, output, console)
+    return 0
+
+
+def _evaluate(options: Namespace, folder: RunFolder | None, output: Path, console: Console) -> None:
+    """Read, draw, compare, and write the figures to the folder of results."""
     earlier = _earlier(output)
     inception = _inception(options)
     training, held_out = _real(options, folder, console)
@@ -115,14 +124,12 @@ def run(words: Sequence[str]) -> int:
             f"{(training.channels, training.image_size, training.image_size)}",
             fix="prepare both alike: --data.image_size, --data.channels",
         )
-    output.mkdir(parents=True, exist_ok=True)
+    make_folder(output)
     found = figures(options, generated, labels, training, held_out, output, earlier, inception, console)
-    part = output / "evaluation.json.part"  # a full disk must not cost the account of earlier private scores
-    part.write_text(json.dumps(found, indent=2) + "\n")
-    os.replace(part, output / "evaluation.json")
+    with replacing(output / "evaluation.json") as partial:  # it is the account of earlier private scores
+        partial.write_text(json.dumps(found, indent=2) + "\n")
     _show(found, console)
     console.print(f"Figures in {output / 'evaluation.json'}", highlight=False, soft_wrap=True)
-    return 0
 
 
 def _check(options: Namespace) -> None:

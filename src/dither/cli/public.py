@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from dither.cli.run_folder import RunFolder
 from dither.errors import RunFolderError
+from dither.files import replacing
 
 if TYPE_CHECKING:
     from torch import nn
@@ -39,9 +40,10 @@ def read_facts(folder: RunFolder, name: str) -> dict[str, Any]:
 
 
 def add_facts(folder: RunFolder, name: str, facts: Mapping[str, Any]) -> None:
-    """Write facts beside those that are there."""
+    """Write facts beside those that are there, which a crash leaves."""
     text = json.dumps({**read_facts(folder, name), **facts}, indent=2)
-    (folder.path / name).write_text(text + "\n")
+    with replacing(folder.path / name) as partial:
+        partial.write_text(text + "\n")
 
 
 def certificate_part(folder: RunFolder) -> dict[str, Any]:

@@ -10,6 +10,7 @@ certificate.json    the privacy claim    report.html       all of it on one page
 class_statistics.safetensors, .png   noisy means, Gaussians or mixtures of the classes, where the run began with them
 model.json          sizes of a model from a checkpoint
 public.json         what was taken as public: that checkpoint, data for pretraining; and what the private steps train
+evaluation.json, evaluation/   scores of `dither evaluate`; evaluation.lock is held while it works
 beginning.pt        where public training and warm-up stand, until they are done
 """
 
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dither.errors import LabelError, OutputPathError, RunFolderError
+from dither.files import make_folder, replacing, sync_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -143,9 +145,14 @@ class RunFolder:
         """
         check_unused(path)
         try:
-            path.mkdir(parents=True, exist_ok=True)
+            make_folder(path)
             text = json.dumps({"format": FORMAT, "images": asdict(images)}, indent=2)
-            (path / "run.json").write_text(text + "\n")
+            with (path / "run.json").open("x") as file:  # of two processes at once, one makes the run
+                file.write(text + "\n")
+            sync_folder(path)
+        except FileExistsError:
+            check_unused(path)
+            raise
         except OSError as error:
             raise OutputPathError(
                 f"{path} cannot be written: {error.strerror}", fix="give --output a path you may write"
@@ -189,11 +196,12 @@ class RunFolder:
             self.path.rmdir()
 
     def save_weights(self, name: str, weights: Mapping[str, Tensor]) -> None:
-        """Write weights to `<name>.safetensors`."""
+        """Write weights to `<name>.safetensors`; a crash leaves those of before."""
         from safetensors.torch import save_file
 
         tensors = {key: value.detach().cpu().contiguous().clone() for key, value in weights.items()}
-        save_file(tensors, str(self.path / f"{name}.safetensors"))
+        with replacing(self.path / f"{name}.safetensors") as partial:
+            save_file(tensors, str(partial))
 
     def load_weights(self, name: str) -> dict[str, Tensor]:
         """Read weights from `<name>.safetensors`.
@@ -218,8 +226,9 @@ class RunFolder:
             ) from error
 
     def save_certificate(self, certificate: Mapping[str, Any]) -> None:
-        """Write certificate.json."""
-        self.certificate.write_text(json.dumps(certificate, indent=2) + "\n")
+        """Write certificate.json; a crash leaves that of before."""
+        with replacing(self.certificate) as partial:
+            partial.write_text(json.dumps(certificate, indent=2) + "\n")
 
 
 def check_unused(path: Path) -> None:

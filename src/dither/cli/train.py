@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -17,6 +18,7 @@ from dither.cli.beginning import begin, has_beginning, prepare
 from dither.cli.choosing import choose_for_data
 from dither.cli.data import check_same, check_there, fit_patches, images_of, read_data
 from dither.cli.interrupts import StopRequest
+from dither.cli.locking import training_alone
 from dither.cli.models import run_model, start_model
 from dither.cli.options import Options
 from dither.cli.progress import TrainingProgress
@@ -64,8 +66,14 @@ def run(words: Sequence[str]) -> int:
     if options.performance.threads is not None:
         torch.set_num_threads(options.performance.threads)
     console = Console()
-    ready = _open(options, console) if options.resume is not None else _create(options, console)
-    folder = ready.folder.path
+    with ExitStack() as until_done:  # the folder is this process's until then
+        ready = (_create if options.resume is None else _open)(options, console, until_done)
+        return _run(ready, console)
+
+
+def _run(ready: Run, console: Console) -> int:
+    """Train to the end, or to an interrupt, and write what the run hands over; returns the exit code."""
+    options, folder = ready.options, ready.folder.path
     console.print(f"Run folder {folder}", highlight=False, soft_wrap=True)
     if options.seed is not None:
         console.print("A seed makes the noise predictable: this run is NOT PRIVATE.", style="bold red")
@@ -81,7 +89,7 @@ def run(words: Sequence[str]) -> int:
         write_report(folder)
         console.print(f"Interrupted. Go on with:\n  dither train --resume {folder}", highlight=False, soft_wrap=True)
         return INTERRUPTED
-    write_samples(ready.folder.samples, ready.folder.images, ready.model, ready.options.recipe, training.ema)
+    write_samples(ready.folder.samples, ready.folder.images, ready.model, options.recipe, training.ema)
     console.print(f"Spent epsilon {training.epsilon():.3f} at delta {training.delta:g}.", highlight=False)
     console.print(f"Samples {ready.folder.samples}", highlight=False, soft_wrap=True)
     console.print(f"Certificate {ready.folder.certificate}", highlight=False, soft_wrap=True)
@@ -91,8 +99,8 @@ def run(words: Sequence[str]) -> int:
     return 0
 
 
-def _create(options: Options, console: Console) -> Run:
-    """Make the folder and everything in memory; nothing is left behind if an option cannot work."""
+def _create(options: Options, console: Console, until_done: ExitStack) -> Run:
+    """Make the folder, held, and everything in memory; nothing is left behind if an option cannot work."""
     import torch
 
     if options.output is not None:
@@ -105,6 +113,7 @@ def _create(options: Options, console: Console) -> Run:
         options = with_settings(options, {"recipe": fit_patches(options.recipe, images, console)})
     public = read_public(options, images, console)
     folder = RunFolder.create(options.output or _default_output(images.dataset), images)
+    until_done.enter_context(training_alone(folder.path))
     try:
         if options.seed is not None:
             torch.manual_seed(options.seed)
@@ -137,9 +146,11 @@ def _way_on(folder: RunFolder) -> str:
     return f"Nothing was saved yet: remove {folder.path} and begin again."
 
 
-def _open(options: Options, console: Console) -> Run:
+def _open(options: Options, console: Console, until_done: ExitStack) -> Run:
+    """Find the folder, held before anything of its state is read."""
     assert options.resume is not None
     folder = RunFolder.open(options.resume)
+    until_done.enter_context(training_alone(folder.path))
     if not folder.can_resume:
         raise RunFolderError(f"{folder.path} was stopped before its state was saved", fix="start again: dither train")
     check_there(options.data, folder.config)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -20,6 +19,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+
+from dither.files import replacing
 
 
 @dataclass(frozen=True)
@@ -157,6 +158,5 @@ def _write(rates: dict[str, Rates]) -> None:
     with suppress(OSError, RuntimeError):
         file = _file()
         file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as written:
-            json.dump({key: asdict(kept) for key, kept in rates.items()}, written, indent=1)
-        os.replace(written.name, file)
+        with replacing(file) as partial:
+            partial.write_text(json.dumps({key: asdict(kept) for key, kept in rates.items()}, indent=1))

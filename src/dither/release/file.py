@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 
 from torch import Tensor
 
 from dither.accounting import Event, Ledger
 from dither.errors import LedgerError, OutputPathError, RunFolderError
+from dither.files import replacing
 
 
 def save_release(path: Path, tensors: Mapping[str, Tensor], events: Sequence[Event], private: bool) -> None:
@@ -28,19 +27,9 @@ def save_release(path: Path, tensors: Mapping[str, Tensor], events: Sequence[Eve
             fix="load it, or give the new run another folder",
         )
     about = {"ledger": Ledger(events).to_json(), "private": str(private)}
-    temporary = path.with_name(path.name + ".part")
     try:
-        with open(temporary, "wb") as file:
-            file.write(save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata=about))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        with suppress(OSError):  # not every system opens folders
-            folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+        with replacing(path) as partial:
+            partial.write_bytes(save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata=about))
     except OSError as error:
         raise OutputPathError(f"{path} cannot be written: {error}", fix="give a path you may write") from error
 
