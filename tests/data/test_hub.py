@@ -12,6 +12,8 @@ from dither.errors import BrokenImagesError, DataError
 from pictures import ramp
 
 datasets = pytest.importorskip("datasets")
+pa = pytest.importorskip("pyarrow")
+pq = pytest.importorskip("pyarrow.parquet")
 
 FEATURES = {"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])}
 
@@ -75,6 +77,36 @@ def test_columns_are_found_or_named(tmp_path):
     with pytest.raises(DataError, match="which classes there are"):
         read_images(tmp_path / "pets", **chosen)
     assert read_images(tmp_path / "pets", **chosen, num_classes=2).labels.tolist() == [1, 0]
+
+
+def test_no_other_column_is_decoded(tmp_path):
+    stored = {"image": [ramp(0), ramp(10)], "mask": [{"bytes": b"junk", "path": None}] * 2, "label": [0, 1]}
+    made(stored, {**FEATURES, "mask": datasets.Image()}).save_to_disk(tmp_path / "pets")
+    assert read_images(tmp_path / "pets", image_column="image").labels.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("options", [{"type": "torch", "columns": ["label"]}, {"type": "pandas"}])
+def test_a_saved_format_hides_and_changes_nothing(options, tmp_path):
+    made().with_format(**options).save_to_disk(tmp_path / "pets")
+    data = read_images(tmp_path / "pets")
+    assert data.labels.tolist() == [0, 1, 1, 0] and data[2][0][0, 0, 0] == pytest.approx(20 / 127.5 - 1)
+
+
+def test_labels_are_no_images(tmp_path):
+    made().save_to_disk(tmp_path / "pets")
+    with pytest.raises(DataError, match="no label column 'image'"):
+        read_images(tmp_path / "pets", label_column="image", num_classes=2)
+
+
+def test_an_image_of_neither_bytes_nor_path_is_named(tmp_path, monkeypatch):
+    """As others write them; `datasets` itself would not."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    images = pa.array([{"bytes": None, "path": None}, {"bytes": b"junk", "path": None}], type=datasets.Image().pa_type)
+    table = pa.table({"image": images, "label": [0, 1]}).cast(datasets.Features(FEATURES).arrow_schema)
+    (tmp_path / "pets").mkdir()
+    pq.write_table(table, tmp_path / "pets" / "train.parquet")
+    with pytest.raises(BrokenImagesError, match="example 0: there is no image"):
+        read_images(f"hf:{tmp_path / 'pets'}")
 
 
 def test_unlabelled_examples_are_refused(tmp_path):

@@ -68,20 +68,21 @@ def open_hub(name: str, split: str, image_column: str | None, label_column: str 
         raise NoHeldOutPartError(
             f"the dataset {name} has no parts", fix="give the one that holds it (dither evaluate --held_out)"
         )
-    image = _column(data, image_column, datasets.Image, "image", name)
-    label = _column(data, label_column, datasets.ClassLabel, "label", name)
-    raw = data.cast_column(image, datasets.Image(decode=False))
+    data = data.with_format(None)  # one that it was saved with may hide columns or give other types
+    image = _column(data, image_column, (datasets.Image,), "image", name)
+    label = _column(data, label_column, (datasets.ClassLabel, datasets.Value), "label", name)
+    raw = data.select_columns([image]).cast_column(image, datasets.Image(decode=False))  # no other column is decoded
 
     def read(example: int) -> Tensor:
         stored = raw[example][image]
-        if stored is None:
+        if stored is None or (stored["bytes"] is None and stored["path"] is None):
             raise UnreadableImageError("there is no image")
         content = stored["bytes"]
         return decode(Path(stored["path"]) if content is None else content)
 
     feature = data.features[label]
     names = tuple(feature.names) if isinstance(feature, datasets.ClassLabel) else None
-    return HubExamples(read, np.asarray(data.with_format("numpy")[label][:]), names)
+    return HubExamples(read, np.asarray(data.select_columns([label]).with_format("numpy")[label][:]), names)
 
 
 def _part(parts: dict[str, Any], split: str, name: str) -> Any:
@@ -96,9 +97,11 @@ def _part(parts: dict[str, Any], split: str, name: str) -> Any:
     return found
 
 
-def _column(data: Any, given: str | None, kind: type, what: str, name: str) -> str:
+def _column(data: Any, given: str | None, kinds: tuple[type, ...], what: str, name: str) -> str:
+    """The column that was named, of one of these kinds, else the only one of the first kind."""
+    kind = kinds[0]
     if given is not None:
-        if given in data.features and (what == "label" or isinstance(data.features[given], kind)):
+        if given in data.features and isinstance(data.features[given], kinds):
             return given
         raise DataError(
             f"the dataset {name} has no {what} column {given!r}",
