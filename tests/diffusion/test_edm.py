@@ -53,6 +53,25 @@ def test_variance_survives_churn(s_churn):
     assert len(calls) == 399 and len(steps) == 200
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_of_16_bits_draws_what_float64_does(dtype):
+    """To two of its roundings: a cosine schedule begins at a noise of 2e4, near float16's largest number."""
+    process, start = Process(beta_schedule="squaredcos_cap_v2"), noise_source(16)()
+    perfect, seen = gaussian_images(process, 0.5), set()
+
+    def drawn(dtype):
+        def denoise(x, t):
+            seen.add(x.dtype)
+            return perfect(x.double(), t).to(dtype)
+
+        return edm_sample(denoise, process, lambda: start.to(dtype), 40, Churn(), lambda: None)
+
+    found = drawn(dtype)
+    assert found.dtype == dtype and seen == {dtype}
+    expected = drawn(torch.float64)
+    assert float((found.double() - expected).norm() / expected.norm()) < 2 * torch.finfo(dtype).eps
+
+
 def test_churn_adds_noise_only_within_its_levels():
     process = Process()
     model = perturbed(dit("DiT-tiny"))
@@ -66,6 +85,7 @@ def test_churn_adds_noise_only_within_its_levels():
 
 
 def test_negative_churn_is_refused():
-    for wrong in ({"s_churn": -1.0}, {"s_noise": float("nan")}, {"s_min": -0.1}):
+    reversed_levels, no_level = {"s_max": 1.0, "s_min": 5.0}, {"s_max": float("nan")}
+    for wrong in ({"s_churn": -1.0}, {"s_noise": float("nan")}, {"s_min": -0.1}, reversed_levels, no_level):
         with pytest.raises(ConfigurationError, match=next(iter(wrong))):
             Churn(**wrong)

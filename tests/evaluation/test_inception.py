@@ -12,7 +12,7 @@ from torch import nn
 from torchvision.models import inception_v3
 
 from dither.errors import CheckpointError, ConfigurationError, MissingPackageError
-from dither.evaluation.inception import FID_WEIGHTS, TORCHVISION_WEIGHTS, load_inception
+from dither.evaluation.inception import FID_WEIGHTS, TORCHVISION_WEIGHTS, Inception, load_inception
 
 
 @pytest.fixture(scope="module", params=["torchvision", "pytorch-fid"])
@@ -68,6 +68,18 @@ def test_features_are_those_of_the_network_whose_weights_they_are(weights, chann
         found.features(torch.zeros(1, 4, 8, 8))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_images_of_16_bits_are_rounded_to_8_bits_in_float32(dtype):
+    found, drawn = Inception(nn.Flatten(), False, ""), images(3).to(dtype)
+    assert torch.equal(found.features(drawn), found.features(drawn.float()))
+
+
+def test_a_network_of_1008_classes_with_torchvisions_second_head_is_not_fids(tmp_path):
+    network = inception_v3(weights=None, num_classes=1008, aux_logits=True, init_weights=False)
+    torch.save(network.state_dict(), tmp_path / "mine.pth")
+    assert not load_inception(tmp_path / "mine.pth").is_fid
+
+
 def test_what_is_no_file_of_weights(tmp_path):
     with pytest.raises(ConfigurationError) as refused:
         load_inception(None)
@@ -76,7 +88,12 @@ def test_what_is_no_file_of_weights(tmp_path):
     torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "linear.pth")
     torch.save({"fc.weight": torch.zeros(1000, 2048)}, tmp_path / "head.pth")
     torch.save([1], tmp_path / "list.pth")
-    for name in ("missing.pth", "text.pth", "linear.pth", "head.pth", "list.pth"):
+    torch.save(torch.zeros(3), tmp_path / "tensor.pth")
+    torch.save({"fc.weight": torch.zeros(1000, 2048), 3: torch.zeros(1)}, tmp_path / "number.pth")
+    (tmp_path / "stop.pth").write_bytes(b".")  # pickle's end, with nothing before it
+    (tmp_path / "cut.pth").write_bytes(b"J\0")  # half an integer
+    damaged = ("tensor.pth", "number.pth", "stop.pth", "cut.pth")
+    for name in ("missing.pth", "text.pth", "linear.pth", "head.pth", "list.pth", *damaged):
         with pytest.raises(CheckpointError, match=name) as refused:
             load_inception(tmp_path / name)
         assert FID_WEIGHTS in str(refused.value)

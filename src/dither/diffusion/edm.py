@@ -32,7 +32,7 @@ class Churn:
         s_max: noise level above which nothing is added.
 
     Raises:
-        ConfigurationError: a negative amount.
+        ConfigurationError: a negative amount, or no level between `s_min` and `s_max`.
     """
 
     s_churn: float = 0.0
@@ -47,6 +47,11 @@ class Churn:
                 raise ConfigurationError(
                     f"{name} {getattr(self, name)} is not a number from 0 on", fix="s_churn 0 and s_noise 1 add nothing"
                 )
+        if not self.s_min <= self.s_max:
+            raise ConfigurationError(
+                f"s_max {self.s_max} is not at least s_min {self.s_min}",
+                fix="leave both out: noise is added at all levels",
+            )
 
     def factor(self, level: float, steps: int) -> float:
         """By how much a step at this noise level first raises it (gamma of algorithm 2, plus 1)."""
@@ -68,24 +73,30 @@ def edm_sample(
     The network knows `process.timesteps` noise levels; those asked for are rounded to the nearest, as the paper does
     for networks trained on discrete levels (appendix C.3.4).
 
+    The image is kept in float32 or wider at the scale of its noise, which a cosine schedule brings to 2e4: in float16
+    that overflows, and in bfloat16 the steps round it away.
+
     Args:
-        denoise: from x_t (scaled as in training) and t, 0-dimensional int64, to the predicted clean image.
+        denoise: from x_t (scaled as in training, of the noise's dtype) and t, 0-dimensional int64, to the predicted
+            clean image.
         process: the process the network was trained with.
         noise: draws standard normal noise (N, C, H, W).
         steps: noise levels; the network is called 2 * steps - 1 times.
         churn: fresh noise.
         progress: called after each step.
+
+    Returns:
+        Images (N, C, H, W) of the noise's dtype.
     """
-    alpha_bar = process.alphas_cumprod
-    x = noise()
-    alpha_bar = alpha_bar.to(x.device)
+    start = noise()
+    x, alpha_bar = start.to(torch.promote_types(start.dtype, torch.float32)), process.alphas_cumprod.to(start.device)
     levels = ((1 - alpha_bar) / alpha_bar).sqrt()  # standard deviation of the noise on an image of full scale
 
     def nearest(level: Tensor | float) -> Tensor:
         return (levels - level).abs().argmin()
 
     def clean(x: Tensor, t: Tensor) -> Tensor:
-        return denoise(x * alpha_bar[t].sqrt(), t)
+        return denoise((x * alpha_bar[t].sqrt()).to(start.dtype), t)
 
     grid = torch.linspace(float(levels[-1]) ** (1 / _RHO), float(levels[0]) ** (1 / _RHO), steps) ** _RHO
     times = [nearest(level) for level in grid.tolist()]
@@ -104,4 +115,4 @@ def edm_sample(
             corrected = (euler - clean(euler, after)) / levels[after]
             x = x + (levels[after] - level_hat) * (slope + corrected) / 2
         progress()
-    return x
+    return x.to(start.dtype)

@@ -9,7 +9,6 @@ Shapes: N images (N, C, H, W) in [-1, 1], C is 1 or 3.
 from __future__ import annotations
 
 import hashlib
-import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,8 +75,8 @@ class Inception:
         found = []
         with torch.inference_mode():
             for part in images.split(_BATCH):
-                pixels = ((part.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
-                pixels = pixels.float().expand(-1, 3, -1, -1)
+                pixels = ((part.float().clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
+                pixels = pixels.expand(-1, 3, -1, -1)
                 resized = F.interpolate(pixels, size=(_SIDE, _SIDE), mode="bilinear", align_corners=False)
                 found.append(self.network(resized.contiguous(memory_format=torch.channels_last)))
                 if progress is not None:
@@ -99,13 +98,14 @@ def load_inception(file: Path | None) -> Inception:
     if file is None:
         raise ConfigurationError("Inception's features need its weights, and there is no file of them", fix=WHERE_FROM)
     try:
-        weights = _read(file)
+        weights = dict(_read(file))
         classes = len(weights["fc.weight"])
-    except (OSError, EOFError, ValueError, RuntimeError, KeyError, TypeError, pickle.UnpicklingError) as error:
+        has_auxiliary = any(name.startswith("AuxLogits.") for name in weights)
+    except Exception as error:  # a damaged file fails in as many ways as there are readers
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{file} is no state dict of Inception v3: {reason}", fix=WHERE_FROM) from error
-    is_fid = classes == _FID_CLASSES
-    network = _build(classes, is_fid, has_auxiliary=any(name.startswith("AuxLogits.") for name in weights))
+    is_fid = classes == _FID_CLASSES and not has_auxiliary
+    network = _build(classes, is_fid, has_auxiliary)
     try:
         network.load_state_dict(weights)
     except RuntimeError as error:
