@@ -110,10 +110,33 @@ def test_what_is_no_run(tmp_path, copy):
         read_contents(copy)
 
 
-def test_a_certificate_of_another_form_is_damaged(copy):
-    (copy / "certificate.json").write_text('{"epsilon": 1}')
-    with pytest.raises(RunFolderError, match=r"certificate\.json is damaged: .* is a required property, and \d+ more"):
+@pytest.mark.parametrize(
+    ("values", "fault"),
+    [
+        ({"epsilon": None}, "epsilon"),
+        ({"epsilon": float("nan")}, "NaN"),
+        ({"ledger": "x"}, "ledger"),
+        ({"verification": []}, "verification"),
+        ({"delta": 0}, "delta"),
+    ],
+)
+def test_a_certificate_of_another_form_is_damaged(copy, values, fault):
+    change(copy, **values)
+    for public in (False, True):
+        with pytest.raises(RunFolderError, match=rf"certificate\.json is damaged: .*{fault}"):
+            write_report(copy, public=public)
+
+
+def test_an_option_of_another_form_is_damaged(copy):
+    (copy / "config.yaml").write_text("recipe: 3\n")
+    with pytest.raises(RunFolderError, match=r"config\.yaml is damaged"):
         write_report(copy)
+
+
+def test_a_folder_is_no_picture(copy):
+    (copy / "samples" / "step-00009.png").mkdir()
+    (copy / "evaluation" / "x.png").mkdir(parents=True)
+    assert write_report(copy).read_text().count("<img") == 3
 
 
 def test_a_claim_that_its_ledger_denies_is_not_repeated(copy):

@@ -11,8 +11,8 @@ from typing import Any
 
 import yaml
 
-from dither.errors import RunFolderError
-from dither.report.checking import faults_of_form
+from dither.errors import CertificateError, RunFolderError
+from dither.report.checking import faults_of_form, read_certificate
 from dither.telemetry.curves import Points, read_curves
 
 
@@ -87,17 +87,23 @@ def read_contents(path: Path) -> Contents:
 def _grids(path: Path) -> tuple[Grid, ...]:
     named = ((file, re.fullmatch(r"step-(\d+)", file.stem)) for file in (path / "samples").glob("step-*.png"))
     grids = sorted((Grid(file, int(found[1])) for file, found in named if found), key=lambda grid: grid.step or 0)
+    grids = [grid for grid in grids if grid.file.is_file()]
     last = path / "samples.png"
     return (*grids, Grid(last, None)) if last.is_file() else tuple(grids)
 
 
 def _certificate(file: Path) -> dict[str, Any] | None:
-    found = _json(file)
-    faults = [] if found is None else faults_of_form(found)
+    if not file.is_file():
+        return None
+    try:
+        found = read_certificate(file)
+    except CertificateError as error:
+        raise _damaged(file, error.what) from error
+    faults = faults_of_form(found)
     if faults:
         more = f", and {len(faults) - 1} more" if len(faults) > 1 else ""
         raise _damaged(file, f"{faults[0]}{more}")
-    return found
+    return _mapping(found, file)
 
 
 def _json(file: Path) -> dict[str, Any] | None:
@@ -113,9 +119,13 @@ def _yaml(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        return _mapping(yaml.safe_load(file.read_text()), file)
+        found = _mapping(yaml.safe_load(file.read_text()), file)
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise _damaged(file, error) from error
+    for group in ("recipe", "performance"):
+        if found.get(group) is not None:
+            _mapping(found[group], file)
+    return found
 
 
 def _mapping(value: object, file: Path) -> dict[str, Any]:

@@ -47,7 +47,7 @@ def evaluation_of(contents: Contents, *, public: bool) -> Evaluation | None:
     score = score_of(contents)
     others = {name: node for name, node in (contents.evaluation or {}).items() if name != NAME}
     figures = tuple(figure for figure in _figures(others) if figure.private or not public)
-    files = () if public else sorted((contents.path / "evaluation").glob("*.png"))
+    files = () if public else sorted(file for file in (contents.path / "evaluation").glob("*.png") if file.is_file())
     pictures = tuple((file.stem.replace("-", " ").replace("_", " "), file) for file in files)
     return Evaluation(figures, pictures, score) if figures or pictures or score else None
 
