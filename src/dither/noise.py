@@ -17,8 +17,9 @@ each transformed in float64, after Holohan and Braghin, "Secure random sampling 
 makes the attack impractical; it is not a proof of exact differential privacy in floating point, which needs a discrete
 mechanism.
 
-Time. A step of fused AdamW is bound by memory and takes no longer than AES needs for the noise's bits alone: on one or
-two cores noise costs five to ten such steps. `dither.normals` lists what was measured.
+Time. A step of fused AdamW is bound by memory and takes no longer than AES needs for the noise's bits alone. An update,
+noise and that step, took 5.7 of such a step with two threads and 8.2 with one (a DiT of 45 million parameters, on two
+cores). `dither.normals` lists what was measured.
 """
 
 from __future__ import annotations

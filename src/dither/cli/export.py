@@ -13,11 +13,13 @@ from dither.cli.models import run_dit
 from dither.cli.outputs import check_new_folder
 from dither.cli.parsing import Formatter, parse
 from dither.cli.reading import read_run_options
-from dither.cli.run_folder import RunFolder
+from dither.cli.run_folder import Images, RunFolder
 from dither.errors import CheckpointError, ConfigurationError
 
 if TYPE_CHECKING:
     from dither.diffusion.dit import DiT
+
+_TOGETHER = 8  # images of a forward pass: few enough for the memory of a large model
 
 EXAMPLES = """
 examples:
@@ -58,6 +60,8 @@ def export_parser() -> ArgumentParser:
 def run(words: Sequence[str]) -> int:
     """Run `dither export`; returns the exit code."""
     options = parse(export_parser(), words)
+    if options.to == "dit" and options.vae is not None:
+        raise ConfigurationError("the published layout has no place for --vae", fix="leave --vae out")
     run_folder = RunFolder.open(options.run)
     check_new_folder(options.folder)
     console = Console()
@@ -86,12 +90,12 @@ def _to_diffusers(run_folder: RunFolder, options: Namespace) -> list[str]:
     process = build_process(read_run_options(run_folder.config).recipe)
     model = run_dit(run_folder, "ema" if options.weights == "ema" else "model")
     theirs = to_diffusers(model, approximate=options.approximate)
-    save_pipeline(options.folder, theirs, process, _autoencoder(options.vae, model.in_channels))
+    save_pipeline(options.folder, theirs, process, vae := _autoencoder(options.vae, run_folder.images))
     said = [
         f"{options.folder}: outputs differ from the run's model by {_difference(model, theirs):.1e} relative",
         f"Open it:\n  DiTPipeline.from_pretrained('{options.folder}')",
     ]
-    if options.vae is None or process.prediction == "edm":
+    if vae is None or vae.config.shift_factor or process.prediction == "edm":
         said[-1] = f"Open it:\n  import dither.diffusion.pipelines\n  DiTPipeline.from_pretrained('{options.folder}')"
     return said
 
@@ -100,23 +104,50 @@ def _frequencies(model: DiT) -> str:
     return "diffusers' DiT" if model.t_embedder.frequency_shift else "facebookresearch/DiT"
 
 
-def _autoencoder(folder: Path | None, channels: int) -> Any:
-    if folder is None:
+def _autoencoder(folder: Path | None, images: Images) -> Any:
+    """The AutoencoderKL that a run's latents are of; None for a run on pixels.
+
+    Raises:
+        ConfigurationError: one is missing, of no use, or not the run's.
+        CheckpointError: it cannot be read.
+    """
+    if images.latents is None:
+        if folder is not None:
+            raise ConfigurationError("the run is on pixels and has no use for --vae", fix="leave --vae out")
         return None
+    if folder is None:
+        raise ConfigurationError(
+            "the run is on latents, which nobody can look at without their autoencoder",
+            fix=f"--vae {images.latents['vae']}, which encoded them",
+        )
+    vae = _read_autoencoder(folder)
+    scale, shift = images.latents["scaling_factor"], images.latents.get("shift_factor", 0.0)
+    wanted = {"latent_channels": images.in_channels, "scaling_factor": scale, "shift_factor": shift}
+    for name, value in wanted.items():
+        if (getattr(vae.config, name) or 0.0) != value:
+            raise ConfigurationError(
+                f"{folder} has {name} {getattr(vae.config, name)}, the run's latents {value}",
+                fix="give the autoencoder that encoded the run's data",
+            )
+    return vae
+
+
+def _read_autoencoder(folder: Path) -> Any:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
+    from dither.diffusion.pipelines import ShiftedAutoencoderKL
+
     try:
-        vae = AutoencoderKL.from_pretrained(str(folder), local_files_only=True)
-    except (OSError, ValueError, RuntimeError) as error:
+        vae = AutoencoderKL.from_pretrained(str(folder), local_files_only=True).to(
+            "cpu"
+        )  # not what it has no weights for
+        if vae.config.shift_factor:
+            vae = ShiftedAutoencoderKL.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # the library raises what its readers raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
-            f"{folder} holds no AutoencoderKL: {str(error).splitlines()[0]}",
-            fix="give the folder that encoded the data",
+            f"{folder} holds no AutoencoderKL: {reason}", fix="give the folder that encoded the data"
         ) from error
-    if vae.config.latent_channels != channels:
-        raise ConfigurationError(
-            f"{folder} has {vae.config.latent_channels} latent channels, the run's model {channels}",
-            fix="give the autoencoder that encoded the run's data",
-        )
     return vae
 
 
@@ -128,7 +159,10 @@ def _difference(model: DiT, theirs: Any) -> float:
     x = torch.randn(count, model.in_channels, model.input_size, model.input_size, generator=generator)
     t = torch.arange(count) * 1000 // count
     y = torch.arange(count) % model.num_classes
+    difference = largest = 0.0
     with torch.no_grad():
-        ours = model.eval()(x, t, y)
-        difference = (theirs(x, t, y).sample - ours).abs().max()
-        return float(difference / ours.abs().max().clamp_min(1e-30))
+        for part in zip(*(given.split(_TOGETHER) for given in (x, t, y)), strict=True):
+            ours = model.eval()(*part)
+            largest = max(largest, float(ours.abs().max()))
+            difference = max(difference, float((theirs(*part).sample - ours).abs().max()))
+    return difference / max(largest, 1e-30)

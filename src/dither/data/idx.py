@@ -37,20 +37,17 @@ FASHION_MNIST = (
 """Names of Fashion-MNIST's classes (Xiao, Rasul and Vollgraf 2017, table 2), for a folder of that name."""
 
 
-def find_idx(folder: Path, split: str) -> tuple[Path, Path] | None:
-    """The image and label files of a split; None if the folder has no IDX files at all.
+def find_idx(folder: Path, split: str) -> tuple[Path, Path]:
+    """The image and label files of a split of an IDX folder.
 
     Args:
         folder: holds train-images-idx3-ubyte, train-labels-idx1-ubyte and the same with t10k, plain or with .gz.
         split: "train" or "held-out".
 
     Raises:
-        DataError: some files are there and those of this split are not.
+        DataError: those of this split are not there.
     """
-    found = {(part, kind): _file(folder, part, kind) for part in _PARTS.values() for kind in _KINDS}
-    if not any(found.values()):
-        return None
-    images, labels = (found[_PARTS[split], kind] for kind in _KINDS)
+    images, labels = (_file(folder, _PARTS[split], kind) for kind in _KINDS)
     if images is None or labels is None:
         kind = "images" if images is None else "labels"
         raise DataError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import get_args
+from typing import Literal, get_args
 
 from dither.data import sources
 from dither.data.checking import Progress
@@ -79,29 +79,44 @@ def read_images(
     )
     if path is None:
         return sources.embedded_digits(choices)
-    if str(path).startswith(HUB):
-        return sources.hub_dataset(str(path).removeprefix(HUB), choices)
-    return _on_disk(Path(path), choices)
+    where = Path(path)
+    match _kind_of(path):
+        case "hub":
+            return sources.hub_dataset(str(path).removeprefix(HUB), choices)
+        case "saved dataset":
+            return sources.hub_dataset(str(path), choices)
+        case "idx":
+            return sources.idx_files(where, find_idx(where, choices.split), choices)
+        case "class folders":
+            return sources.image_folder(where, choices)
+        case "npz":
+            return sources.npz_file(where, choices)
+        case "latents":
+            return sources.latents_file(where, choices)
+        case "nothing":
+            raise DataError(f"there is no {path}", fix=f"give {_KINDS}")
+        case "unknown":
+            raise DataError(f"{path} is no data set that dither reads", fix=f"give {_KINDS}")
 
 
 def classes_are_folders(path: str | Path) -> bool:
     """Whether the labels of a data set are its subfolders' names; those of all other kinds are numbers."""
-    folder = Path(path)
-    if str(path).startswith(HUB) or not folder.is_dir():
-        return False
-    return not is_saved_dataset(folder) and not is_idx_folder(folder)
+    return _kind_of(path) == "class folders"
 
 
-def _on_disk(path: Path, choices: Choices) -> ImageData:
+_Kind = Literal["hub", "saved dataset", "idx", "class folders", "npz", "latents", "nothing", "unknown"]
+
+
+def _kind_of(path: str | Path) -> _Kind:
+    """What lies at a path, by its name and the names in it."""
+    if str(path).startswith(HUB):
+        return "hub"
+    path = Path(path)
     if path.is_dir():
         if is_saved_dataset(path):
-            return sources.hub_dataset(str(path), choices)
-        idx = find_idx(path, choices.split)
-        return sources.image_folder(path, choices) if idx is None else sources.idx_files(path, idx, choices)
+            return "saved dataset"
+        return "idx" if is_idx_folder(path) else "class folders"
     if not path.exists():
-        raise DataError(f"there is no {path}", fix=f"give {_KINDS}")
-    if path.suffix == ".npz":
-        return sources.npz_file(path, choices)
-    if path.suffix == ".safetensors":
-        return sources.latents_file(path, choices)
-    raise DataError(f"{path} is no data set that dither reads", fix=f"give {_KINDS}")
+        return "nothing"
+    suffixes: dict[str, _Kind] = {".npz": "npz", ".safetensors": "latents"}
+    return suffixes.get(path.suffix, "unknown")

@@ -1,7 +1,7 @@
 """What a diffusers `DiTPipeline` needs of dither when it opens an exported folder: import this module before.
 
-A run on pixels has no autoencoder, and the prediction "edm" no scheduler in diffusers; both are here. A run on latents
-with another prediction needs neither.
+A run on pixels has no autoencoder, the prediction "edm" no scheduler in diffusers, and `DiTPipeline` does not know an
+autoencoder's shift; all three are here. A run on latents without shift, with another prediction, needs none of them.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from diffusers import DiTPipeline
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.autoencoders.vae import DecoderOutput
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
@@ -23,7 +24,14 @@ from dither.diffusion.schedulers import build_scheduler
 from dither.errors import OutputPathError
 
 # diffusers looks both bases up in the module of a component, to know how to load it.
-__all__ = ["ModelMixin", "PixelDecoder", "PreconditionedDDIMScheduler", "SchedulerMixin", "save_pipeline"]
+__all__ = [
+    "ModelMixin",
+    "PixelDecoder",
+    "PreconditionedDDIMScheduler",
+    "SchedulerMixin",
+    "ShiftedAutoencoderKL",
+    "save_pipeline",
+]
 
 
 class PixelDecoder(ModelMixin, ConfigMixin):
@@ -39,6 +47,14 @@ class PixelDecoder(ModelMixin, ConfigMixin):
     def decode(self, latents: Tensor) -> DecoderOutput:
         """Images (B, C, H, W) as they came; grey ones as three equal channels, which PIL can show."""
         return DecoderOutput(sample=latents.repeat(1, 3, 1, 1) if latents.shape[1] == 1 else latents)
+
+
+class ShiftedAutoencoderKL(AutoencoderKL):
+    """An AutoencoderKL whose latents were shifted: `DiTPipeline` takes back the scale only."""
+
+    def decode(self, z: Tensor, *args: Any, **options: Any) -> Any:
+        """Images of latents (B, C, H, W) that are no longer scaled, and still shifted."""
+        return super().decode(z + float(self.config.shift_factor or 0.0), *args, **options)
 
 
 class PreconditionedDDIMScheduler(DDIMScheduler):
@@ -75,7 +91,8 @@ def save_pipeline(folder: Path, transformer: Any, process: Process, vae: Any = N
         folder: a new one.
         transformer: a `DiTTransformer2DModel`.
         process: the one that it was trained with.
-        vae: an `AutoencoderKL`, where the run is on latents; None leaves pixels as they are.
+        vae: an `AutoencoderKL`, a `ShiftedAutoencoderKL` where it has a shift, if the run is on latents; None leaves
+            pixels as they are.
 
     Raises:
         OutputPathError: the folder cannot be written.

@@ -37,9 +37,15 @@ class DPOptimizer(stock.DPOptimizer):
         Guarantee: adding or removing one example changes the sum by at most max_grad_norm in L2 norm. An example whose
         gradient is not finite contributes nothing.
         """
-        if self.params:
-            add_clipped(self.params, entries_of(self.params), self.max_grad_norm)
-            self.bound_of_the_sum = max(self.bound_of_the_sum, float(self.max_grad_norm))
+        self._add_clipped()
+
+    def _add_clipped(self) -> Tensor:
+        """As `clip_and_accumulate`; returns the clip factor of every example."""
+        if not self.params:
+            return torch.empty(0)
+        factors = add_clipped(self.params, entries_of(self.params), self.max_grad_norm)
+        self.bound_of_the_sum = max(self.bound_of_the_sum, float(self.max_grad_norm))
+        return factors
 
     def add_noise(self) -> None:
         """Add noise for the largest bound that a part of the sum was clipped at: a schedule may lower it in between."""
@@ -52,8 +58,7 @@ class AdaClipDPOptimizer(DPOptimizer, stock.AdaClipDPOptimizer):
 
     def clip_and_accumulate(self) -> None:
         """As `DPOptimizer`; counts the examples that were not clipped, for the next bound."""
-        factors = add_clipped(self.params, entries_of(self.params), self.max_grad_norm)
-        self.bound_of_the_sum = max(self.bound_of_the_sum, float(self.max_grad_norm))
+        factors = self._add_clipped()
         self.sample_size += len(factors)
         self.unclipped_num += len(factors) - (factors < 1).sum()
 
