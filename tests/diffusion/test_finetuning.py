@@ -52,6 +52,13 @@ def test_what_does_not_fit_is_refused():
         choose_parameters(public(), FineTuning("lora", targets=("to_q",)))
     with pytest.raises(ConfigurationError, match="rank 0"):
         choose_parameters(public(), FineTuning("lora", rank=0))
+    with pytest.raises(ConfigurationError, match="'nothing' ends no layer's name"):
+        choose_parameters(public(), FineTuning("lora", targets=("qkv", "nothing")))
+    with pytest.raises(ConfigurationError, match="trained itself"):
+        choose_parameters(public(), FineTuning("lora", targets=("embedding_table",)))
+    for alpha in (0.0, float("nan"), float("inf")):
+        with pytest.raises(ConfigurationError, match="alpha"):
+            choose_parameters(public(), FineTuning("lora", alpha=alpha))
     with pytest.raises(ConfigurationError, match="is a Linear"):
         choose_parameters(torch.nn.Linear(1, 1), FineTuning("biases"))
 

@@ -5,6 +5,7 @@ Few trainable parameters mean little noise: its norm grows with the root of thei
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -29,7 +30,7 @@ class FineTuning:
         mode: "full"; "attention" (Lyu et al. 2023, DP-LDM); "biases" (Bu et al. 2022, DP-BiTFiT); or "lora": low-rank
             updates beside frozen matrices (Hu et al. 2022).
         rank: of an update, for "lora".
-        alpha: an update is scaled by alpha / rank; None is the rank.
+        alpha: an update is scaled by alpha / rank; None is the rank. Not 0, and finite.
         targets: ends of the names of the layers that get one.
     """
 
@@ -43,7 +44,8 @@ def choose_parameters(model: nn.Module, finetuning: FineTuning) -> None:
     """Leave requires_grad on what is to be trained; "lora" changes the model's layers in place.
 
     Raises:
-        ConfigurationError: the mode does not go with the model, or PEFT is not installed.
+        ConfigurationError: the mode does not go with the model, alpha is 0 or not finite, a target is no layer that can
+            have an update, or PEFT is not installed.
     """
     if finetuning.mode == "full":
         return
@@ -71,7 +73,8 @@ def adapt(model: DiT, input_size: int, in_channels: int, num_classes: int, *, hi
     """Fit a public DiT to images of another side and to other classes.
 
     Positions are computed for the new side. If the number of classes differs, each new class begins as the row for "no
-    label". Channels of a learned sigma are left out: private training has no use for them.
+    label", or, where the model has none, as the mean of its classes. Channels of a learned sigma are left out: private
+    training has no use for them.
 
     Args:
         model: left as it is.
@@ -143,7 +146,16 @@ def _inject(model: DiT, finetuning: FineTuning) -> None:
             f"--finetune.mode lora needs the package {error.name}", fix="pip install 'dither[finetune]'"
         ) from error
     alpha = finetuning.rank if finetuning.alpha is None else finetuning.alpha
+    if finetuning.alpha is not None and not 0 < abs(alpha) < math.inf:
+        raise ConfigurationError(
+            f"--finetune.alpha {alpha} scales every update to nothing or beyond", fix="leave it out, for the rank"
+        )
     layers = sorted({".".join(n.split(".")[-2:]) for n, m in model.named_modules() if isinstance(m, nn.Linear)})
+    for target in finetuning.targets:
+        found = [name for name, _ in model.named_modules() if f".{name}".endswith(f".{target}")]
+        if not found or any(f"{name}.weight" == _LABELS for name in found):
+            why = "is the table of labels, which is trained itself" if found else "ends no layer's name"
+            raise ConfigurationError(f"--finetune.targets: {target!r} {why}", fix=f"of these: {', '.join(layers)}")
     try:
         inject_adapter_in_model(
             LoraConfig(r=finetuning.rank, lora_alpha=alpha, target_modules=list(finetuning.targets)), model
