@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+import threading
+
 import pytest
 import torch
 from torch import nn
@@ -35,3 +38,31 @@ def test_the_buffer_is_used(name, monkeypatch):
     gradients = dither.per_example_gradients(layer, lambda: layer(x).square().flatten(1).sum(1))
     assert len(handed) == 1
     torch.testing.assert_close(handed[0], gradients["weight"], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("line", range(12))
+def test_two_threads_never_hold_the_same_memory(line):
+    """One thread is at each line of `take` in turn while another takes, and keeps, memory for the same key."""
+    buffers, parameter, other = Buffers(), torch.zeros(4, 4), []
+    buffers.take("weight", 2, parameter)
+    lines = 0
+
+    def watch(frame, event, argument):
+        nonlocal lines
+        if frame.f_code is not Buffers.take.__code__:
+            return None
+        if event == "line":
+            lines += 1
+            if lines == line + 1:
+                thread = threading.Thread(target=lambda: other.append(buffers.take("weight", 2, parameter)))
+                thread.start()
+                thread.join()
+        return watch
+
+    before = sys.gettrace()
+    sys.settrace(watch)
+    try:
+        mine = buffers.take("weight", 2, parameter)
+    finally:
+        sys.settrace(before)
+    assert all(mine.data_ptr() != theirs.data_ptr() for theirs in other)

@@ -61,11 +61,13 @@ class Buffers:
         needed = batch * parameter.numel()
         if reuses(parameter.device, needed * parameter.element_size()):
             return parameter.new_empty(batch, *parameter.shape, requires_grad=False)
-        kept = self._kept.get(key)
+        kept = self._kept.pop(key, None)  # at once, so that no other thread takes it meanwhile
         fits = kept is not None and kept.numel() >= needed and kept.dtype == parameter.dtype
         if kept is None or not fits or kept.device != parameter.device or _in_use(kept):
-            kept = self._kept[key] = parameter.new_empty(needed, requires_grad=False)
-        return kept[:needed].view(batch, *parameter.shape)
+            kept = parameter.new_empty(needed, requires_grad=False)
+        taken = kept[:needed].view(batch, *parameter.shape)
+        self._kept[key] = kept
+        return taken
 
 
 def _in_use(kept: Tensor) -> bool:
