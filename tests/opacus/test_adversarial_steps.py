@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import dither
-from dither.errors import DitherError
+from dither.errors import CoupledExamplesError, DitherError
 from oracle import per_example_gradients, relative_error
 
 each_mode = pytest.mark.parametrize("mode", MODES)
@@ -99,6 +99,30 @@ def test_plain_backward_instead_of_the_loss_object(mode: str) -> None:
     private = Private(mode)
     squares(private.wrapped(batch())).mean().backward()
     exact_or_refused(private)
+
+
+class Centred(torch.autograd.Function):
+    """The gradient, or what is left of it without its mean over the batch."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, centred: bool) -> Tensor:
+        ctx.centred = centred
+        return h.view_as(h)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        return gradients[0] - gradients[0].mean(0) if ctx.centred else gradients[0], None
+
+
+@each_mode
+def test_a_custom_function_that_mixes_examples_on_a_later_step_is_refused(mode: str) -> None:
+    private = Private(mode)
+    for _ in range(2):
+        private.backward(lambda model, x: squares(Centred.apply(model(x), False)))
+        private.optimizer.step()
+        private.optimizer.zero_grad()
+    with pytest.raises(CoupledExamplesError):
+        private.backward(lambda model, x: squares(Centred.apply(model(x), True)))
 
 
 def test_two_pass_with_losses_in_another_order_from_the_second_step_on() -> None:

@@ -60,7 +60,7 @@ class CustomNodes:
         Returns:
             Positions of the edges that are now accounted for.
         """
-        if not _is_custom(node) or node._sequence_nr() < self._since:
+        if not is_custom(node) or node._sequence_nr() < self._since:
             return set()
         edges = [i for i, (parent, _) in enumerate(node.next_functions) if parent in self.targets]
         if not edges:
@@ -87,7 +87,8 @@ class CustomNodes:
         return set(edges)
 
 
-def _is_custom(node: Any) -> bool:
+def is_custom(node: Any) -> bool:
+    """Whether a graph node is a custom autograd function's, and none of dither's own."""
     if _OPERATION.search(type(node).__name__) and not isinstance(node, BackwardCFunction):
         return False
     name: str = node.name()

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from dither.capture.custom import is_custom
 from dither.capture.examples import Layout
 from dither.capture.probing import Replaying, Seed
 
@@ -68,7 +69,8 @@ class Reached:
         structure: hash of the graph: its nodes and what feeds them; before the frontier also their options.
         kind: hash of the names of the nodes before the frontier.
         loss: nodes before the frontier, what the roots compute from what they read.
-        volatile: whether the loss picks entries by an index tensor, so that an equal structure may mean another loss.
+        volatile: whether the loss picks entries by an index tensor, or has a custom autograd function, so that an equal
+            structure may mean another loss.
     """
 
     frontier: list[tuple[GradientEdge, Place]] = field(default_factory=list)
@@ -112,7 +114,7 @@ def reach(roots: Sequence[Tensor]) -> Reached:
     _walk([(edge.node, edge.output_nr) for edge in edges], order, found, crossed)
     found.loss = list(order)
     found.kind = hash(tuple(node.name() for node in order))
-    found.volatile = any(word in node.name() for node in order for word in _PICKS)
+    found.volatile = any(is_custom(node) or any(word in node.name() for word in _PICKS) for node in order)
     found.frontier = [(GradientEdge(node, output), place) for (node, output), place in crossed.items()]
     _walk(list(crossed), order, found, None)
     numbers = {node: number for number, node in enumerate(order)}
