@@ -61,6 +61,12 @@ function("outer", lambda x, w: torch.outer(x, w), normal(B), w=(5,))
 function("outer, p equals B", lambda x, w: torch.outer(x, w), normal(B), w=(B,))
 function("outer of the parameter", lambda x, w: torch.outer(w, x).T, normal(B), w=(5,))
 function("tensordot", lambda x, w: torch.tensordot(x, w, 2), normal(B, 3, 5), w=(3, 5, 2))
+function(
+    "tensordot, axes of a tensor",
+    lambda x, w: torch.tensordot(x, w, torch.tensor([[2, 1], [0, 2]])),
+    normal(B, 3, 5),
+    w=(5, 2, 3),
+)
 function("tensordot, named axes", lambda x, w: torch.tensordot(x, w, ([2, 1], [0, 2])), normal(B, 3, 5), w=(5, 2, 3))
 function(
     "tensordot of the parameter",

@@ -9,12 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dither.capture.uses import Hidden
 from dither.rules.affine import BroadcastAdd
 from dither.rules.contraction import Contraction, Labels, Product, Reader
 from dither.rules.linear import LinearWeight
 from dither.rules.rule import Rule, register_rule
 
 _ELLIPSIS = "..."
+_TENSORS = (Tensor, Hidden)
+"""Factors; one that an activation checkpoint holds still has its shape, which is all that is read here."""
 
 
 def _batch(count: int) -> Labels:
@@ -39,7 +42,7 @@ def _matmul(left: str, right: str, summed_batch: bool = False) -> Reader:
 
     def read(operands: Mapping[str, Any], slot: str) -> Product | None:
         x, y = operands.get(left), operands.get(right)
-        if not isinstance(x, Tensor) or not isinstance(y, Tensor) or not x.dim() or not y.dim():
+        if not isinstance(x, _TENSORS) or not isinstance(y, _TENSORS) or not x.dim() or not y.dim():
             return None
         batches = _batch(max(x.dim(), y.dim()) - 2)
         of_x: Labels = (*_batch(x.dim() - 2), "i", "k") if x.dim() > 1 else ("k",)
@@ -67,7 +70,7 @@ def _inner(operands: Mapping[str, Any], slot: str) -> Product | None:
 
 def _outer(left: str, right: str) -> Reader:
     def read(operands: Mapping[str, Any], slot: str) -> Product | None:
-        if not isinstance(operands.get(left), Tensor) or not isinstance(operands.get(right), Tensor):
+        if not isinstance(operands.get(left), _TENSORS) or not isinstance(operands.get(right), _TENSORS):
             return None
         return _pair(operands, slot, (left, right), (("i",), ("j",)), ("i", "j"))
 
@@ -76,10 +79,10 @@ def _outer(left: str, right: str) -> Reader:
 
 def _tensordot(operands: Mapping[str, Any], slot: str) -> Product | None:
     a, b, dims = operands.get("a"), operands.get("b"), operands.get("dims", 2)
-    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+    if not isinstance(a, _TENSORS) or not isinstance(b, _TENSORS):
         return None
-    if isinstance(dims, Tensor):
-        dims = dims.tolist()
+    if isinstance(dims, _TENSORS):  # numbers that a checkpoint may hold when they are needed
+        return None
     if isinstance(dims, int):
         dims = (range(a.dim() - dims, a.dim()), range(dims))
     of_a: list[Hashable] = [("i", k) for k in range(a.dim())]
@@ -103,7 +106,7 @@ def _einsum(operands: Mapping[str, Any], slot: str) -> Product | None:
     tensors = [operands[name] for name in _FACTORS if name in operands]
     left, arrow, right = equation.replace(" ", "").partition("->")
     terms = left.split(",")
-    if len(terms) != len(tensors) or not all(isinstance(t, Tensor) for t in tensors):
+    if len(terms) != len(tensors) or not all(isinstance(t, _TENSORS) for t in tensors):
         return None
     letters = left.replace(",", "").replace(".", "")
     extra = [t.dim() - len(term.replace(_ELLIPSIS, "")) for t, term in zip(tensors, terms, strict=True)]
