@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from dither import checkpoint
+from dither.errors import OutputPathError
 from dither.files import held, make_folder, remove_partials, replacing
 
 WRITER = """
@@ -143,6 +145,31 @@ def test_a_state_takes_away_what_killed_processes_left(tmp_path):
     (kept,) = tmp_path.glob("state-*")
     assert {file.name for file in tmp_path.iterdir()} == {"checkpoint.json", "notes.part", kept.name}
     assert checkpoint.read(tmp_path) == {"value": 1}
+
+
+def test_a_failure_after_the_manifest_leaves_the_state_that_it_names(tmp_path, monkeypatch):
+    """The disk fails while the manifest's name is waited for: the manifest has taken the old one's place already."""
+    checkpoint.write(tmp_path, {"value": 1}, step=1)
+    fsync, old = os.fsync, (tmp_path / "checkpoint.json").read_text()
+
+    def failing(descriptor):
+        if (tmp_path / "checkpoint.json").read_text() != old:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        fsync(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", failing)
+        with pytest.raises(OutputPathError, match="cannot be written"):
+            checkpoint.write(tmp_path, {"value": 2}, step=2)
+    assert checkpoint.read(tmp_path) == {"value": 2}
+
+
+def test_where_there_are_no_locks_the_file_is_not_open(tmp_path):
+    """On Windows an open file could not be removed, as a run that cannot begin removes its own."""
+    program = "import sys; sys.modules['fcntl'] = None\n" + HOLDER
+    process, said = started(program, tmp_path / "lock")
+    killed(process)
+    assert said == "False" and not (tmp_path / "lock").exists()
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such lock")

@@ -51,13 +51,20 @@ def write(path: Path, state: Mapping[str, Any], step: int) -> None:
         with files.replacing(path / _MANIFEST) as partial:
             partial.write_text(json.dumps(manifest, indent=2))
     except (OSError, RuntimeError, pickle.PickleError, AttributeError, TypeError) as error:
-        with suppress(OSError):
-            state_file.unlink()
+        _remove_unnamed(state_file)
         raise OutputPathError(
             f"The checkpoint cannot be written to {path}: {error}",
             fix="check the path, its permissions, the disk, and that optimizer and scheduler hold plain numbers",
         ) from error
     _remove_all_but(state_file)
+
+
+def _remove_unnamed(state_file: Path) -> None:
+    """Remove a state, but for one that the manifest names already: the write failed after that."""
+    with suppress(OSError, ValueError):
+        manifest = state_file.parent / _MANIFEST
+        if not manifest.exists() or json.loads(manifest.read_text())["state"] != state_file.name:
+            state_file.unlink()
 
 
 def _remove_all_but(state_file: Path) -> None:

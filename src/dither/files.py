@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import glob
+import importlib.util
 import os
 import secrets
 from collections.abc import Iterator
@@ -89,15 +90,16 @@ def held(file: Path) -> Iterator[bool]:
         BlockingIOError: another process holds it.
         OSError: it cannot be opened for writing.
     """
+    if importlib.util.find_spec("fcntl") is None:  # on Windows, where a file that is open cannot be removed either
+        yield False
+        return
     with file.open("ab") as opened:
         yield _lock(opened.fileno())
 
 
 def _lock(descriptor: int) -> bool:
-    try:
-        import fcntl
-    except ImportError:  # on Windows
-        return False
+    import fcntl
+
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
