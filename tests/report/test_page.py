@@ -46,6 +46,17 @@ def test_a_public_copy_holds_nothing_that_is_not_private(copy):
     assert public.read_text().count("<img") == 3 and "href=" not in public.read_text().partition("<main")[2]
 
 
+def test_a_public_copy_does_not_say_in_which_folders_things_lie(copy):
+    paths = {"data": {"path": "ward 7/scans"}, "finetune.from": "/home/eve/b", "x": ["~/a/dit.pt", r"C:\Mia\x.npz"]}
+    kept = {"pretrain": {"path": "hf:owner/images"}, "class": "torch.optim.Adam", "model": "DiT-S/2"}
+    (copy / "config.yaml").write_text(json.dumps(paths | kept))
+    whole, public = (words(write_report(copy, public=public)) for public in (False, True))
+    for folder in ("/home/eve", "~/a", "Mia", "ward 7"):
+        assert folder in whole and folder not in public
+    for name in (".../scans", ".../b", ".../dit.pt", ".../x.npz", "hf:owner/images", "torch.optim.Adam", "DiT-S/2"):
+        assert name in public
+
+
 def test_cut_before_anything_was_written(copy):
     for name in ("certificate.json", "config.yaml", "samples.png", "report.html"):
         (copy / name).unlink()

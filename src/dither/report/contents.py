@@ -58,6 +58,11 @@ class Contents:
         """The options of the run as text."""
         return yaml.safe_dump(dict(self.config), sort_keys=False)
 
+    @property
+    def public_options(self) -> str:
+        """The same without the folders of its paths, which name people and machines."""
+        return yaml.safe_dump(_without_folders(dict(self.config)), sort_keys=False)
+
 
 def read_contents(path: Path) -> Contents:
     """Read a run folder.
@@ -82,6 +87,23 @@ def read_contents(path: Path) -> Contents:
         evaluation=_json(path / "evaluation.json"),
         services=tuple(_json(path / "telemetry.json") or ()),
     )
+
+
+_PATHS = {"path", "from", "output", "resume"}
+"""Options that are paths, also where they begin at no root; those of the Hugging Face Hub begin with hf:."""
+
+
+def _without_folders(node: Any, name: str = "") -> Any:
+    """Options whose paths are their last names alone."""
+    if isinstance(node, dict):
+        return {key: _without_folders(value, str(key).rpartition(".")[2]) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_without_folders(value, name) for value in node]
+    if not isinstance(node, str) or node.startswith("hf:"):
+        return node
+    *folders, last = re.split(r"[/\\]+", node.rstrip("/\\"))
+    is_path = name in _PATHS or re.match(r"[/~\\]|\.\.|[A-Za-z]:[/\\]", node) is not None
+    return f".../{last}" if folders and is_path else node
 
 
 def _grids(path: Path) -> tuple[Grid, ...]:
