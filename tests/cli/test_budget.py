@@ -28,6 +28,15 @@ def test_epsilon_from_noise(budget):
     assert found["epsilon"] == epsilon_for(0.05, 1.0, 100, 1e-4)
 
 
+@pytest.mark.parametrize(("delta", "warned"), [("0.5", True), ("0.0005", True), ("0.0004", False)])
+def test_a_delta_that_promises_nothing_is_named(delta, warned, capsys):
+    words = ["--steps=100", "--noise_multiplier=1.0", f"--delta={delta}"]
+    assert main(["budget", *RUN, *words, "--json"]) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["delta"] == float(delta)
+    assert ("is not below 1 / 2,000 examples" in " ".join(printed.err.split())) is warned
+
+
 def test_noise_from_epsilon(budget):
     found = budget("--steps=100", "--epsilon=4")
     assert found["computed"] == "noise_multiplier"

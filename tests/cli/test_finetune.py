@@ -72,9 +72,12 @@ def _same(before, after):
     return before.shape == after.shape and torch.equal(before, after)
 
 
-def test_from_a_run_and_its_claim_is_told(finished_run, tmp_path):
+def test_from_a_run_and_its_claim_is_told(finished_run, failure, tmp_path):
     output = tmp_path / "run"
-    assert main(["train", *QUICK, f"--finetune.from={finished_run}", f"--output={output}"]) == 0
+    words = [*QUICK, f"--finetune.from={finished_run}", f"--output={output}"]
+    assert "predicts edm, and --recipe.prediction is epsilon" in failure("train", *words)
+    assert not output.exists()
+    assert main(["train", *words, "--recipe.prediction=edm"]) == 0
     said = facts(output)
     assert said["checkpoint"]["certificate"]["epsilon"] == pytest.approx(10, abs=0.1)
     assert said["fine_tuning"]["mode"] == "full"

@@ -173,6 +173,19 @@ def test_a_second_interrupt_says_how_to_go_on(tmp_path, saved):
     assert ("Nothing was saved yet" in out) is not saved
 
 
+def test_a_state_that_is_gone_is_said_to_be(finished_run, failure, tmp_path):
+    run = Path(shutil.copytree(finished_run, tmp_path / "run"))
+    shutil.rmtree(run / "state")
+    assert f"gone from {run / 'state'}" in failure("train", "--resume", run)
+    (run / "certificate.json").unlink()
+    assert "stopped before its state was saved" in failure("train", "--resume", run)
+
+
+def test_a_run_folder_that_is_a_link_to_nothing_is_named(failure, tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    assert f"{tmp_path / 'link'} cannot be written" in failure("train", *TINY, f"--output={tmp_path / 'link'}")
+
+
 def test_a_data_set_that_was_moved_is_said_to_be(failure, tmp_path):
     data, run = tmp_path / "digits.npz", tmp_path / "run"
     np.savez(data, images=np.zeros((40, 8, 8), np.uint8), labels=np.arange(40) % 2, class_names=["a", "b"])

@@ -10,6 +10,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 from rich.console import Console
 from rich.table import Table
 
+from dither.cli.delta import warning_of
 from dither.cli.parsing import Formatter, parse
 from dither.errors import BatchSizeError, ConfigurationError
 
@@ -78,6 +79,9 @@ def run(words: Sequence[str]) -> int:
     options = parse(budget_parser(), words)
     _check(options)
     budget = complete(options)
+    warning = warning_of(budget.delta, budget.dataset_size, "examples")
+    if warning is not None:
+        Console(stderr=True).print(f"{warning} Choose a smaller --delta.", style="bold red", highlight=False)
     if options.json:
         print(json.dumps(asdict(budget), indent=2))
     else:

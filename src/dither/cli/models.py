@@ -27,7 +27,8 @@ def start_model(options: Options, folder: RunFolder) -> nn.Module:
     """Build the model that a new run begins with; what is public of it is written into the folder.
 
     Raises:
-        ConfigurationError: sizes that do not go together, or a model of the user's that does not do what it should.
+        ConfigurationError: sizes that do not go together, or a model of the user's that does not do what it should;
+            --finetune.from is a run of another --recipe.prediction.
         CheckpointError: --finetune.from cannot be read.
     """
     source, mode = options.finetune_from, options.finetune.mode
@@ -82,7 +83,7 @@ def _from_checkpoint(source: Path, options: Options, folder: RunFolder) -> DiT:
     """The DiT of a checkpoint, fitted to the run's images."""
     if options.model != "dit":
         raise ConfigurationError("--finetune.from loads a DiT, and --model is another", fix="leave --model out")
-    public = run_dit(RunFolder.open(source), "ema") if (source / "run.json").is_file() else load_dit(source)
+    public = _of_run(source, options) if (source / "run.json").is_file() else load_dit(source)
     images = folder.images
     model = adapt(
         public, images.input_size, images.in_channels, images.num_classes, hides_labels=options.recipe.label_dropout > 0
@@ -90,6 +91,18 @@ def _from_checkpoint(source: Path, options: Options, folder: RunFolder) -> DiT:
     add_facts(folder, ARCHITECTURE, architecture(model))
     add_facts(folder, PUBLIC, {"checkpoint": checkpoint_facts(source)})
     return model
+
+
+def _of_run(source: Path, options: Options) -> DiT:
+    """The DiT of another run, which predicts what this one trains it to."""
+    folder = RunFolder.open(source)
+    theirs, ours = read_run_options(folder.config).recipe.prediction, options.recipe.prediction
+    if theirs != ours:
+        raise ConfigurationError(
+            f"the model of {source} predicts {theirs}, and --recipe.prediction is {ours}",
+            fix=f"--recipe.prediction {theirs}",
+        )
+    return run_dit(folder, "ema")
 
 
 def _build(options: Options, images: Images) -> nn.Module:

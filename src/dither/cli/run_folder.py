@@ -150,10 +150,8 @@ class RunFolder:
             with (path / "run.json").open("x") as file:  # of two processes at once, one makes the run
                 file.write(text + "\n")
             sync_folder(path)
-        except FileExistsError:
-            check_unused(path)
-            raise
         except OSError as error:
+            check_unused(path)  # by now another process may have begun a run there
             raise OutputPathError(
                 f"{path} cannot be written: {error.strerror}", fix="give --output a path you may write"
             ) from error
@@ -190,7 +188,7 @@ class RunFolder:
 
     def discard(self) -> None:
         """Take a folder back that `create` just made."""
-        for name in ("run.json", "model.json", "public.json", "beginning.pt"):
+        for name in ("run.json", "model.json", "public.json", "beginning.pt", "config.yaml"):
             (self.path / name).unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             self.path.rmdir()

@@ -17,6 +17,7 @@ from rich.console import Console
 from dither.cli.beginning import begin, has_beginning, prepare
 from dither.cli.choosing import choose_for_data
 from dither.cli.data import check_same, check_there, fit_patches, images_of, read_data
+from dither.cli.delta import warning_of
 from dither.cli.interrupts import StopRequest
 from dither.cli.locking import training_alone
 from dither.cli.models import run_model, start_model
@@ -129,10 +130,10 @@ def _create(options: Options, console: Console, until_done: ExitStack) -> Run:
 
 def _warn_of_delta(delta: float, size: int, console: Console) -> None:
     """Say before anything is spent that a delta promises nothing, as the report would afterwards."""
-    if delta >= 1 / size:
+    warning = warning_of(delta, size, "images")
+    if warning is not None:
         console.print(
-            f"Delta {delta:g} is not below 1 / {size:,} images: publishing one of them at random would meet it. "
-            "Choose a smaller --privacy.delta, by a factor of ten where you can.",
+            f"{warning} Choose a smaller --privacy.delta, by a factor of ten where you can.",
             style="bold red",
             highlight=False,
             soft_wrap=True,
@@ -152,11 +153,21 @@ def _open(options: Options, console: Console, until_done: ExitStack) -> Run:
     folder = RunFolder.open(options.resume)
     until_done.enter_context(training_alone(folder.path))
     if not folder.can_resume:
-        raise RunFolderError(f"{folder.path} was stopped before its state was saved", fix="start again: dither train")
+        raise _without_state(folder)
     check_there(options.data, folder.config)
     data = read_data(options.data, console)
     check_same(folder.images, data)
     return Run(folder, options, run_model(folder, options), data)
+
+
+def _without_state(folder: RunFolder) -> RunFolderError:
+    """Why a run cannot be resumed: its results are written after its state, which so was there."""
+    if folder.certificate.exists():
+        return RunFolderError(
+            f"{folder.path} has a certificate, and the state that a resume needs is gone from {folder.state}",
+            fix="put it back from a copy, or start again: dither train",
+        )
+    return RunFolderError(f"{folder.path} was stopped before its state was saved", fix="start again: dither train")
 
 
 def _begin(ready: Run, console: Console) -> PrivateTraining | None:
