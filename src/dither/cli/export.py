@@ -90,7 +90,8 @@ def _to_diffusers(run_folder: RunFolder, options: Namespace) -> list[str]:
     process = build_process(read_run_options(run_folder.config).recipe)
     model = run_dit(run_folder, "ema" if options.weights == "ema" else "model")
     theirs = to_diffusers(model, approximate=options.approximate)
-    save_pipeline(options.folder, theirs, process, vae := _autoencoder(options.vae, run_folder.images))
+    vae = _autoencoder(options.vae, run_folder.images)
+    save_pipeline(options.folder, theirs, process, vae)
     said = [
         f"{options.folder}: outputs differ from the run's model by {_difference(model, theirs):.1e} relative",
         f"Open it:\n  DiTPipeline.from_pretrained('{options.folder}')",
@@ -138,9 +139,8 @@ def _read_autoencoder(folder: Path) -> Any:
     from dither.diffusion.pipelines import ShiftedAutoencoderKL
 
     try:
-        vae = AutoencoderKL.from_pretrained(str(folder), local_files_only=True).to(
-            "cpu"
-        )  # not what it has no weights for
+        vae = AutoencoderKL.from_pretrained(str(folder), local_files_only=True)
+        vae.to("cpu")  # fails where the folder lacks weights
         if vae.config.shift_factor:
             vae = ShiftedAutoencoderKL.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # the library raises what its readers raise
