@@ -94,7 +94,7 @@ def test_pipeline_of_diffusers_decodes_the_runs_latents(run_on_latents, vae, tmp
     out = tmp_path / "exported"
     words = ["export", str(run_on_latents), str(out), "--to=diffusers", "--approximate", f"--vae={vae}"]
     assert main(words) == 0 and "import dither.diffusion.pipelines" in capsys.readouterr().out
-    noise, labels = 3 * torch.randn(2, 4, 8, 8), torch.tensor([0, 7])
+    noise, labels = 30 * torch.randn(2, 4, 8, 8), torch.tensor([0, 7])
     torch.save(noise, tmp_path / "noise.pt")
     arguments = [str(out), str(tmp_path / "noise.pt"), str(tmp_path / "images.pt")]
     subprocess.run([sys.executable, "-c", OPEN, *arguments], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
