@@ -74,10 +74,13 @@ print(peak() - started, float(result.gradients["0.weight"].double().norm()))
 
 
 def test_held_gradients_take_what_activations_left():
-    said = {}
-    for word in ("keep", "leave"):
+    """On average: one process's peak differs by a tenth from another's, the way its pages happen to fall."""
+    peaks: dict[str, list[int]] = {"keep": [], "leave": []}
+    norms = set()
+    for word in ("keep", "leave") * 4:
         done = subprocess.run([sys.executable, "-c", HOLDING, word], capture_output=True, text=True, check=True)
         peak, norm = done.stdout.split()
-        said[word] = int(peak), float(norm)
-    assert said["keep"][0] < 0.85 * said["leave"][0]
-    assert said["keep"][1] == pytest.approx(said["leave"][1], rel=1e-6)
+        peaks[word].append(int(peak))
+        norms.add(float(norm))
+    assert sum(peaks["keep"]) < 0.9 * sum(peaks["leave"])
+    assert min(norms) == pytest.approx(max(norms), rel=1e-6)

@@ -70,7 +70,9 @@ def test_long_paths_and_digests_of_public_data_fit_a_phone(browser, copy):
     said = {"path": "/data/" + "x" * 90, "sha256": "0" * 64, "taken_as_public": "on the word of A"}
     checkpoint = {**said, "sha256": {"dit.pt": "0" * 64}}
     certificate = json.loads((copy / "certificate.json").read_text())
-    certificate["public"] = {"checkpoint": checkpoint, "pretraining": {**said, "examples": 9, "steps": 7}}
+    pretraining = {**said, "examples": 9, "labels": True, "steps": 7}
+    tuning = {"mode": "lora", "trained_numbers": 1, "all_numbers": 9, "parameters": ["blocks.0." + "x" * 90]}
+    certificate["public"] = {"checkpoint": checkpoint, "pretraining": pretraining, "fine_tuning": tuning}
     (copy / "certificate.json").write_text(json.dumps(certificate))
     with opened(browser, write_report(copy), PHONE) as page:
         assert page.evaluate("document.documentElement.scrollWidth") == PHONE
@@ -172,7 +174,6 @@ def test_what_others_wrote_is_text(browser, copy):
     hostile = copy.rename(copy.parent / evil)
     certificate = json.loads((hostile / "certificate.json").read_text())
     certificate |= {"private": False, "reasons": [evil], "mechanism": evil, "versions": {evil: evil}}
-    certificate["ledger"][0]["release"] = evil
     (hostile / "certificate.json").write_text(json.dumps(certificate))
     (hostile / "evaluation.json").write_text(json.dumps({evil: {"value": evil}}))
     (hostile / "config.yaml").write_text(json.dumps({"recipe": {"model": evil}}))
