@@ -77,7 +77,7 @@ def test_held_gradients_take_what_activations_left():
     """On average: one process's peak differs by a tenth from another's, the way its pages happen to fall."""
     peaks: dict[str, list[int]] = {"keep": [], "leave": []}
     norms = set()
-    for word in ("keep", "leave") * 4:
+    for word in ("keep", "leave") * 3:
         done = subprocess.run([sys.executable, "-c", HOLDING, word], capture_output=True, text=True, check=True)
         peak, norm = done.stdout.split()
         peaks[word].append(int(peak))

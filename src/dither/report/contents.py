@@ -6,13 +6,14 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from dither.errors import CertificateError, RunFolderError
-from dither.report.checking import faults_of_form, read_certificate
+from dither.report.checking import contradictions, faults_of_form, read_certificate
 from dither.telemetry.curves import Points, read_curves
 
 
@@ -52,6 +53,11 @@ class Contents:
     def name(self) -> str:
         """Of the folder, whatever path it was given by."""
         return self.path.resolve().name
+
+    @cached_property
+    def contradictions(self) -> list[str]:
+        """Where the certificate states what its own figures or its ledger deny; epsilon is computed again for it."""
+        return [] if self.certificate is None else contradictions(self.certificate)
 
     @property
     def options(self) -> str:

@@ -18,7 +18,6 @@ from urllib.parse import quote
 
 from dither.errors import OutputPathError
 from dither.report.charts import charts_of
-from dither.report.checking import contradictions
 from dither.report.claim import claim_of
 from dither.report.contents import Contents, read_contents
 from dither.report.cost import cost_of
@@ -94,7 +93,7 @@ def render(contents: Contents, beside: Path, *, public: bool = False) -> str:
     environment.filters["picture"] = _data_uri
     style = files("dither.report").joinpath("templates/style.css").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
-    contradicted = contents.certificate is not None and bool(contradictions(contents.certificate))
+    contradicted = bool(contents.contradictions)
     return environment.get_template("report.html").render(
         contents=contents,
         certificate=contents.certificate,

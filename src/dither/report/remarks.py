@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from dither.report.checking import contradictions, words_of_public
+from dither.report.checking import words_of_public
 from dither.report.contents import Contents
 from dither.report.evaluation import has_exposed_figures, score_of
 from dither.telemetry.names import EPSILON
@@ -52,7 +52,7 @@ def _of_certificate(contents: Contents, certificate: Mapping[str, Any]) -> Itera
         yield Remark(
             "danger", "Not private", f"{reason}. No guarantee holds; treat everything here as the data itself."
         )
-    for fault in contradictions(certificate):
+    for fault in contents.contradictions:
         yield Remark(
             "danger",
             "The claim does not hold",
