@@ -12,7 +12,7 @@ from torch.utils.data import TensorDataset, default_collate
 import dither
 from dither.clipping.machine import BUILTIN, Rates
 from dither.clipping.plan import Plan, PlannedUse
-from dither.errors import BatchSizeError, ConfigurationError, EmptyDatasetError
+from dither.errors import BatchSizeError, ConfigurationError, EmptyDatasetError, MemoryBudgetError
 from dither.microbatches import MicrobatchSize
 from dither.sampling import PoissonSampler, check_dataset, load_batch
 
@@ -173,6 +173,38 @@ def test_auto_goes_back_where_held_gradients_no_longer_fit_the_budget():
     for _ in training:
         pass
     assert training.microbatches.current == 4  # of 8, per-example gradients would take more than six of them
+
+
+@pytest.mark.parametrize("seed", [None, 3])
+def test_auto_keeps_to_a_budget_for_gradients_that_have_to_be_formed(seed):
+    weight = nn.Parameter(torch.randn(20, 20))
+    data, drawn = TensorDataset(torch.randn(60, 5, 20)), []
+
+    def loss_fn(model, batch):
+        drawn.append(len(batch[0]))
+        return (batch[0] @ (model[0] * 2)).square().mean((1, 2))
+
+    def weights_after(**settings):
+        with torch.no_grad():
+            weight.copy_(torch.eye(20))
+        model = nn.ParameterList([weight])
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        training = dither.PrivateTraining(
+            model, optimizer, data, loss_fn, expected_batch_size=60, steps=2, noise_multiplier=1e-9, **settings
+        )
+        for step in training:
+            assert step.batch_size == 60
+        return training.microbatches.current, weight.detach().clone()
+
+    held = 4.0 * 20 * 20
+    size, found = weights_after(memory_budget=10 * held, seed=seed)
+    assert size == 8 and max(drawn) > 10  # a size that the budget refused was tried, and its examples were cut
+    size, wanted = weights_after(seed=seed)
+    assert torch.allclose(found, wanted, atol=1e-5)
+    with pytest.raises(MemoryBudgetError):
+        weights_after(memory_budget=0.5 * held, seed=seed)  # not even one example
+    with pytest.raises(MemoryBudgetError):
+        weights_after(memory_budget=10 * held, microbatch_size=16)
 
 
 def test_a_tensor_dataset_is_collated_as_torch_does():

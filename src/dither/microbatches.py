@@ -36,7 +36,7 @@ class MicrobatchSize:
     no longer fits the memory budget is computed twice, it goes back to that half. On a CPU it grows beyond 64 only
     while an example takes less time than at half the size, as measured. At most 256 on CUDA, 512 elsewhere. Nothing is
     computed only to measure it; while it grows, the system's record of the peak (VmHWM on Linux, torch's on CUDA) is
-    reset. Under a seed "auto" is 32, so that a resumed run rounds alike.
+    reset. Under a seed "auto" is 32, so that a resumed run rounds alike. What the memory budget refuses is halved.
 
     A remainder is cut in two: a multiple of an eighth of the size, and the rest. Poisson batches have another size
     each step, and every new size of a micro-batch costs a proof of the examples' places; so there are few of them.
@@ -57,7 +57,9 @@ class MicrobatchSize:
                 f"microbatch_size must be 'auto' or an integer of at least 1; it is {size!r}.", fix="use 'auto'"
             )
         self._device = device
-        self._growing = size == "auto" and not seeded
+        self._automatic = size == "auto"
+        self._growing = self._automatic and not seeded
+        self._given, self._again = 0, False
         self._refusals = 0
         self._cheapest = float("inf")
         self._cost: float | None = None
@@ -74,12 +76,26 @@ class MicrobatchSize:
         while len(rest):
             size = self._fitting(len(rest))
             before = _memory(self._device) if self._growing and size == self.current else None
-            began = time.perf_counter()
+            began, self._given = time.perf_counter(), size
             yield rest[:size]
+            if self._again:
+                self._again = False
+                continue
             rest = rest[size:]
             if before is not None:
                 self._timings.append((time.perf_counter() - began) / size)
                 self._grow(before)
+
+    def halve(self) -> bool:
+        """Have `split` give the examples that it gave last once more, half as many at once, and grow no further.
+
+        Returns:
+            Whether it will: a single example is not cut, and a number that the user chose is kept.
+        """
+        if not self._automatic or self._given < 2:
+            return False
+        self.current, self._growing, self._again = self._given // 2, False, True
+        return True
 
     def _fitting(self, left: int) -> int:
         """The size of the next micro-batch, with so many examples left."""

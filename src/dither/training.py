@@ -27,7 +27,7 @@ from dither.clipping.clipped_sum import clipped_sum
 from dither.clipping.functions import clipping_function
 from dither.clipping.machine import builtin_rates
 from dither.clipping.plan import check_strategy
-from dither.errors import ConfigurationError, LedgerError, LossShapeError
+from dither.errors import ConfigurationError, LedgerError, LossShapeError, MemoryBudgetError
 from dither.first_batches import COMPARED, FirstBatches
 from dither.microbatches import MicrobatchSize
 from dither.noise import GaussianNoise, check_seed, torch_seed
@@ -73,7 +73,7 @@ class PrivateTraining:
         collate_fn: list of examples to batch; torch's default_collate if None.
         seed: makes batches, noise and torch's randomness a function of (seed, step): for tests; not private.
         strategy: "auto", "hold", "ghost", "tile" or "two_pass"; performance only.
-        memory_budget: bytes for held per-example gradients; performance only. An "auto" microbatch_size keeps to it.
+        memory_budget: as `clipped_sum`; performance only. An "auto" microbatch_size keeps to it.
         rows_per_example: as `clipped_sum`.
         ema_decay: keeps an exponential moving average of the parameters, with decay min(ema_decay, (1+t)/(10+t)).
         scheduler: a learning-rate scheduler, stepped once per step.
@@ -240,14 +240,19 @@ class PrivateTraining:
         tally = Tally()
         for chosen in self.microbatches.split(indices):
             batch = load_batch(self._dataset, chosen, self._collate_fn)
-            result = clipped_sum(
-                self.model,
-                partial(self._loss_fn, self.model, follow(batch, len(chosen))),
-                max_grad_norm=self.max_grad_norm,
-                clipping=self.clipping,
-                into=self._sums,
-                **self._engine,
-            )
+            try:
+                result = clipped_sum(
+                    self.model,
+                    partial(self._loss_fn, self.model, follow(batch, len(chosen))),
+                    max_grad_norm=self.max_grad_norm,
+                    clipping=self.clipping,
+                    into=self._sums,
+                    **self._engine,
+                )
+            except MemoryBudgetError:  # of the plan: nothing was added to the sums
+                if not self.microbatches.halve():
+                    raise
+                continue
             self.microbatches.planned(result.plan)
             if result.losses.shape[0] != len(chosen):
                 raise LossShapeError(

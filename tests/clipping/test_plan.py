@@ -194,7 +194,8 @@ def test_a_budget_gives_up_what_costs_the_least_time():
     assert oracle.relative_error(half.gradients, free.gradients) <= 1e-5
 
 
-def test_a_budget_that_cannot_be_kept_is_refused_with_the_numbers():
+@pytest.mark.parametrize("strategy", ["auto", "ghost", "tile", "two_pass"])
+def test_a_budget_that_cannot_be_kept_is_refused_with_the_numbers(strategy):
     weight = nn.Parameter(torch.randn(30, 30))
     holder = nn.ParameterList([weight])
     x = torch.randn(4, 5, 30)
@@ -203,8 +204,8 @@ def test_a_budget_that_cannot_be_kept_is_refused_with_the_numbers():
         return (x @ (weight @ weight.T)).square().flatten(1).mean(1)
 
     with pytest.raises(errors.MemoryBudgetError, match=r"100 bytes.*14,400"):
-        dither.clipped_sum(holder, loss_fn, memory_budget=100)
-    dither.clipped_sum(holder, loss_fn, memory_budget=20_000)
+        dither.clipped_sum(holder, loss_fn, memory_budget=100, strategy=strategy)
+    dither.clipped_sum(holder, loss_fn, memory_budget=20_000, strategy=strategy)
 
 
 def test_more_rows_turn_from_ghost_to_hold():

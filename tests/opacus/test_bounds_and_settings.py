@@ -138,9 +138,11 @@ def test_opacus_recurrent_layers_on_examples_that_were_sorted_are_refused():
         wrapped(x, torch.tensor([2, 5, 3]))
 
 
-def test_sharded_flash_clipping_is_refused_by_name():
-    with pytest.raises(errors.UnsupportedOpError, match="ghost_fsdp"):
-        dither.opacus.get_gsm_class("ghost_fsdp")
+@pytest.mark.parametrize("mode", ["ghost_fsdp", "ghost_tp"])
+@pytest.mark.parametrize("wrap_model", [True, False])
+def test_sharded_flash_clipping_is_refused_by_name(mode, wrap_model):
+    with pytest.raises(errors.UnsupportedOpError, match=mode):
+        dither.opacus.prepare_module(nn.Linear(3, 2), mode, wrap_model=wrap_model, max_grad_norm=1.0)
 
 
 @pytest.mark.usefixtures("installed")

@@ -178,7 +178,8 @@ class Performance:
             clipping explains the others.
         microbatch_size: examples in one forward and backward pass; auto fits memory and, on a CPU, is the
             fastest found.
-        memory_budget: bytes that held per-example gradients may take; by default half of what is free.
+        memory_budget: bytes that held per-example gradients may take, unless hold asks for them; by default half of
+            what is free with auto, else no bound.
         threads: of torch; by default one per core.
     """
 

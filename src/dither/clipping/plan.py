@@ -108,7 +108,7 @@ def make_plan(
     Args:
         candidates: the uses, in order.
         strategy: as the user asked for.
-        memory_budget: bytes that held gradients may take; None for no bound.
+        memory_budget: bytes that held gradients may take, unless "hold" asks for them; None for no bound.
         binding: whether more than that is refused, for the user named it; otherwise it is only preferred.
         device: where the gradients are.
 
@@ -118,7 +118,7 @@ def make_plan(
     costs = [_cost(candidate.use) for candidate in candidates]
     rates = rates_of(device, sum(cost.hold for cost in costs)) if strategy == "auto" else rates_of(device, 0.0)
     chosen = [_choose(c, cost, strategy, rates) for c, cost in zip(candidates, costs, strict=True)]
-    if strategy in ("auto", "two_pass") and memory_budget is not None:
+    if strategy != "hold" and memory_budget is not None:
         _fit(chosen, candidates, costs, rates, memory_budget, binding)
     return Plan(
         tuple(

@@ -34,14 +34,10 @@ def get_gsm_class(grad_sample_mode: str) -> Any:
 
     Raises:
         ValueError: no such mode.
-        UnsupportedOpError: ghost_fsdp, whose shards are not recorded.
+        UnsupportedOpError: ghost_fsdp or ghost_tp, whose shards are not recorded.
     """
+    _refuse_shards(grad_sample_mode)
     found = stock.get_gsm_class(grad_sample_mode)
-    if grad_sample_mode == "ghost_fsdp":
-        raise UnsupportedOpError(
-            "grad_sample_mode='ghost_fsdp' is not served: parameters that are shards are not recorded.",
-            fix="grad_sample_mode='ghost' on one device, or stock Opacus without dither",
-        )
     return REPLACED.get(found, found)
 
 
@@ -50,9 +46,19 @@ def get_hooks_class(grad_sample_mode: str) -> Any:
 
     Raises:
         ValueError: no such mode.
+        UnsupportedOpError: ghost_fsdp or ghost_tp, whose shards are not recorded.
     """
+    _refuse_shards(grad_sample_mode)
     found = stock.get_hooks_class(grad_sample_mode)
     return REPLACED.get(found, found)
+
+
+def _refuse_shards(grad_sample_mode: str) -> None:
+    if grad_sample_mode in ("ghost_fsdp", "ghost_tp"):
+        raise UnsupportedOpError(
+            f"grad_sample_mode={grad_sample_mode!r} is not served: parameters that are shards are not recorded.",
+            fix="grad_sample_mode='ghost' on one device, or stock Opacus without dither",
+        )
 
 
 def get_optimizer_class(clipping: str, distributed: bool, grad_sample_mode: str | None = None) -> Any:

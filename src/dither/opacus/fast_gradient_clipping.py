@@ -117,7 +117,8 @@ class GradSampleModuleFastGradientClipping(
         m: the module.
         strategy: "auto", "hold", "ghost", "tile" or "two_pass"; changes time and memory, never the result.
             `use_ghost_clipping=False` stands for "tile", where "auto" is not told otherwise.
-        memory_budget: bytes that held per-example gradients may take; None for half of the free memory.
+        memory_budget: bytes that held per-example gradients may take, unless "hold" asks for them; None for half of the
+            free memory with "auto", else for no bound.
         options: as `opacus.GradSampleModuleFastGradientClipping`: batch_first, loss_reduction, strict, force_functorch,
             max_grad_norm, use_ghost_clipping.
 
