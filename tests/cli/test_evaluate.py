@@ -18,6 +18,7 @@ from PIL import Image
 from dither.cli.main import main
 from dither.data import digits
 from pictures import idx_folder
+from shortened import TINY
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +79,20 @@ def test_held_out_images_of_their_own(samples, tmp_path, capsys):
     found = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert found["images"]["held_out"]["value"] == len(unseen)
     assert found["accuracy_on_held_out_images"]["logistic regression"]["all"]["value"] > 0.9
+
+
+def test_options_of_the_data_without_a_path_are_about_the_runs_own(tmp_path):
+    real, run = tmp_path / "real.npz", tmp_path / "run"
+    images, labels = (tensor[:90].numpy() for tensor in digits()[0].tensors)
+    np.savez(real, images=images, labels=labels % 3)
+    words = [*TINY, "--steps=2", f"--data.path={real}", "--data.num_classes=3", "--expected_batch_size=20"]
+    assert main(["train", *words, "--warm_up.kind=none", f"--output={run}"]) == 0
+    unseen = tmp_path / "unseen.npz"
+    np.savez(unseen, images=images[:30], labels=labels[:30] % 3)
+    words = [str(run), "--data.skip_broken=true", f"--held_out={unseen}", "--count=4", "--classifiers", "CNN"]
+    assert main(["evaluate", *words]) == 0
+    found = json.loads((run / "evaluation.json").read_text())
+    assert list(found["accuracy_on_held_out_images"]["CNN"]) == ["all", "class 0", "class 1", "class 2"]
 
 
 def test_a_second_private_score_counts_the_first(finished_run, tmp_path):

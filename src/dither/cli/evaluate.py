@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -173,8 +174,9 @@ def _real(options: Namespace, folder: RunFolder | None, console: Console) -> tup
     from dither.cli.reading import read_run_options
 
     data = Data(**options.data.as_dict())
-    if folder is not None and data == Data():
-        data = read_run_options(folder.config).data
+    if folder is not None and data.path is None:  # the run's own data, with what is said of it here
+        said = {name: value for name, value in asdict(data).items() if value != getattr(Data(), name)}
+        data = replace(read_run_options(folder.config).data, **said)
     training = read_data(data, console)
     return training, read_held_out(options.held_out, data, training, console)
 
