@@ -230,7 +230,12 @@ def train_parser() -> ArgumentParser:
     parser.add_argument(
         "--output", type=Path | None, default=None, help="the new run folder; by default runs/<data>-<time>"
     )
-    parser.add_argument("--resume", type=Path | None, default=None, help="a run folder to continue")
+    parser.add_argument(
+        "--resume",
+        type=Path | None,
+        default=None,
+        help="a run folder to continue; only --performance.*, --telemetry.* and --save_every may be given beside it",
+    )
     parser.add_argument(
         "--seed",
         type=int | None,

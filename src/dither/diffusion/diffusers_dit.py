@@ -128,7 +128,8 @@ def from_diffusers(theirs: Any, where: Path = Path("the model")) -> DiT:
     for name, value in _REQUIRED.items():
         if getattr(config, name) != value:
             raise CheckpointError(
-                f"{where} has {name} {getattr(config, name)!r}; a DiT has {value!r}", fix="train it by --model"
+                f"{where} has {name} {getattr(config, name)!r}; a DiT has {value!r}",
+                fix="train it inside a class of yours: --model",
             )
     if theirs.out_channels not in (config.in_channels, 2 * config.in_channels):
         raise CheckpointError(
@@ -196,7 +197,7 @@ def _our_weights(theirs: Any, where: Path) -> dict[str, Tensor]:
             if not torch.equal(out.setdefault(name, tensor), tensor):
                 raise CheckpointError(
                     f"{where}: blocks 0 and {index} have different {name}; a DiT has one for all blocks",
-                    fix="train this model as it is, by --model with its class_path",
+                    fix="train it inside a class of yours that returns its .sample: --model",
                 )
         out |= _renamed(given, {new: old for old, new in _BLOCK.items()}, prefix, mine)
         for kind in ("weight", "bias"):
