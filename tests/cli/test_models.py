@@ -84,6 +84,7 @@ def test_arguments_as_words_and_in_the_config(users_models, tmp_path):
         (["--model=users_models.Net", "--model.init_args.width=-1"], "cannot be built"),
         (["--model=users_models.Net", "--model.init_args.depth=2"], "depth"),
         (["--model=users_models.Classifier"], "returns (2,)"),
+        (["--model=users_models.Tabled", "--recipe.prediction=flow", "--recipe.sampler=euler"], "dpm-solver++"),
         (["--model=users_models.Missing"], "no attribute 'Missing'"),
         (["--model=no_such_module.Net"], "no_such_module"),
         (["--model=vit"], "vit"),

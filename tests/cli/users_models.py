@@ -22,6 +22,17 @@ class Net(nn.Module):
         return self.last(torch.tanh(h))
 
 
+class Tabled(Net):
+    """Looks timesteps up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.times = nn.Embedding(1001, 1)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        return super().forward(x, self.times(t).squeeze(1), y)
+
+
 class Mixing(Net):
     """Lets examples see each other."""
 

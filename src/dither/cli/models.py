@@ -115,7 +115,13 @@ def _build(options: Options, images: Images) -> nn.Module:
         return DiffusersUNet(options.unet, *sizes, hides_labels=options.recipe.label_dropout > 0)
     from dither.diffusion.labelled import LabelledModel
 
-    return LabelledModel(_users_model(options.model), *sizes, hides_labels=options.recipe.label_dropout > 0)
+    recipe = options.recipe
+    return LabelledModel(
+        _users_model(options.model),
+        *sizes,
+        hides_labels=recipe.label_dropout > 0,
+        fractions=recipe.sampler == "euler",
+    )
 
 
 def _over_mixture(model: nn.Module, options: Options) -> nn.Module:

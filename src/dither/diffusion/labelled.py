@@ -33,18 +33,29 @@ class LabelledModel(nn.Module):
         in_channels: image channels C.
         num_classes: labels run from 0 to `num_classes - 1`.
         hides_labels: whether "no label" occurs: with label dropout.
+        fractions: whether timesteps between whole numbers occur: the sampler "euler" has such.
 
     Raises:
         ConfigurationError: on a public batch of zeros, the model fails or returns another shape.
     """
 
-    def __init__(self, net: nn.Module, input_size: int, in_channels: int, num_classes: int, hides_labels: bool) -> None:
+    def __init__(
+        self,
+        net: nn.Module,
+        input_size: int,
+        in_channels: int,
+        num_classes: int,
+        hides_labels: bool,
+        fractions: bool = False,
+    ) -> None:
         super().__init__()
         self.net = net
         self.input_size, self.in_channels, self.num_classes = input_size, in_channels, num_classes
         self.hides_labels = hides_labels
         self._drops_itself = "drop_label" in inspect.signature(net.forward).parameters
-        self._try()
+        self._try(torch.zeros(2, dtype=torch.int64))
+        if fractions:
+            self._try(torch.full((2,), 0.5))
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor, drop_label: Tensor | None = None) -> Tensor:
         """Predict (B, C, H, W); the label is hidden where `drop_label` (B,) is true."""
@@ -59,20 +70,24 @@ class LabelledModel(nn.Module):
         return out
 
     @torch.no_grad()
-    def _try(self) -> None:
+    def _try(self, t: Tensor) -> None:
         name, training = type(self.net).__name__, self.training
         x = torch.zeros(2, self.in_channels, self.input_size, self.input_size)
-        t, y = torch.zeros(2, dtype=torch.int64), torch.full((2,), self.num_classes - 1)
+        y = torch.full((2,), self.num_classes - 1)
         hidden = torch.tensor([False, self.hides_labels])
         label = f", where label {self.num_classes} means 'no label'" if self.hides_labels else ""
         fix = f"forward(x, t, y) predicts {tuple(x.shape)} from x {tuple(x.shape)}, t (2,), y (2,){label}"
+        if t.is_floating_point():
+            fix = "take timesteps between whole numbers, which the sampler euler has, or --recipe.sampler dpm-solver++"
         try:
             with torch.random.fork_rng(devices=[]):
                 out = self.eval()(x, t, y, drop_label=hidden)
         except DitherError:
             raise
         except Exception as error:  # the user's code may raise anything
-            raise ConfigurationError(f"{name} fails: {type(error).__name__}: {error}", fix=fix) from error
+            raise ConfigurationError(
+                f"{name} fails at timesteps {t.tolist()}: {type(error).__name__}: {error}", fix=fix
+            ) from error
         finally:
             self.train(training)
         if not isinstance(out, Tensor) or out.shape != x.shape:
