@@ -18,7 +18,9 @@ RECENT_STEPS = 20
 
 
 class TrainingProgress:
-    """Shows step, epsilon spent, time left, images a second and the clip fraction, which is marked as not private.
+    """Shows step and epsilon spent; and, marked as not private, time left, images a second and the clip fraction.
+
+    How long a step takes tells how large its batch was.
 
     Args:
         steps: of the whole run.
@@ -66,13 +68,13 @@ class TrainingProgress:
         """Show a completed step that took so many seconds."""
         self._recent.append(seconds)
         speed = self._expected * len(self._recent) / max(sum(self._recent), 1e-9)
-        clipped = f"clip fraction {step.clip_fraction:.2f} (non-private)" if step.batch_size else "empty batch"
-        more = f"{speed:,.0f} images/s  {clipped}"
+        clipped = f"clip fraction {step.clip_fraction:.2f}" if step.batch_size else "empty batch"
+        more = f"{speed:,.0f} images/s, {clipped} (non-private)"
         self._bar.update(self._task, completed=step.index, epsilon=step.epsilon, more=more)
         now = time.monotonic()
         due = now - self._last_line >= SECONDS_BETWEEN_LINES or step.index in (self._first, self._steps)
         if not self._console.is_terminal and due:
             left = (now - self._start) / (step.index - self._first + 1) * (self._steps - step.index)
-            line = f"step {step.index}/{self._steps}  epsilon {step.epsilon:.2f}  {left:.0f} s left  {more}"
+            line = f"step {step.index}/{self._steps}  epsilon {step.epsilon:.2f}  {left:.0f} s left, {more}"
             self._console.print(line, highlight=False, soft_wrap=True)
             self._last_line = now

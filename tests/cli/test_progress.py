@@ -1,0 +1,21 @@
+"""The lines that a training run prints where there is no terminal."""
+
+from __future__ import annotations
+
+import io
+import math
+
+from rich.console import Console
+
+from dither.cli.progress import TrainingProgress
+from dither.training import Step
+
+
+def test_what_tells_of_a_batch_is_marked():
+    out = io.StringIO()
+    with TrainingProgress(2, 10, console=Console(file=out)) as progress:
+        progress.show(Step(1, 0.5, batch_size=0, loss=math.nan, clip_fraction=math.nan), 2.0)
+        progress.show(Step(2, 0.7, batch_size=9, loss=1.0, clip_fraction=0.5), 2.0)
+    empty, last = out.getvalue().splitlines()
+    assert empty.startswith("step 1/2  epsilon 0.50  ") and empty.endswith("5 images/s, empty batch (non-private)")
+    assert last == "step 2/2  epsilon 0.70  0 s left, 5 images/s, clip fraction 0.50 (non-private)"
