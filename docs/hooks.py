@@ -22,7 +22,7 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parent.parent
 AT_ROOT = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
-MODULES = ("dither", "dither.opacus", "dither.diffusion", "dither.data")
+MODULES = ("dither", "dither.opacus", "dither.diffusion", "dither.data", "dither.release")
 WIDTH = 100
 """Columns of the commands' help: as wide as a page."""
 

@@ -56,7 +56,7 @@ def test_every_command_is_there(site):
         assert not missing, name
 
 
-@pytest.mark.parametrize("module", ["dither", "dither.opacus", "dither.diffusion", "dither.data"])
+@pytest.mark.parametrize("module", ["dither", "dither.opacus", "dither.diffusion", "dither.data", "dither.release"])
 def test_every_public_name_is_there(site, module):
     page = (site / "api" / module / "index.html").read_text()
     names = [name for name in importlib.import_module(module).__all__ if not name.startswith("__")]
