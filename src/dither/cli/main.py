@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 COMMANDS = {
-    "train": "train a diffusion transformer privately; with no arguments, on digits, in about three minutes",
+    "train": "train an image generator privately; with no arguments, on digits, in about three minutes",
     "encode": "turn images into latents of a public autoencoder, to train on",
     "sample": "draw images of a class from a trained run",
     "evaluate": "score generated images against real ones",

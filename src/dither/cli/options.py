@@ -220,7 +220,7 @@ def train_parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="dither train",
         usage="dither train [options]",
-        description="Train a class-conditional diffusion transformer under differential privacy.",
+        description="Train a class-conditional diffusion model of images under differential privacy.",
         epilog=EXAMPLES,
         formatter_class=Formatter,
         exit_on_error=False,
