@@ -137,6 +137,10 @@ def test_a_memory_budget_is_kept():
     assert all(use.held_bytes < 4 * 64 * 8 + 1 for use in wrapped.plan.uses)
     with pytest.raises(errors.UnknownStrategyError):
         private(nn.Linear(2, 2), nn.MSELoss(), 4, strategy="fast")
+    wrapped, _, criterion = private(nn.Linear(2, 2), nn.MSELoss(), 4)
+    wrapped.strategy = "two-pass"
+    with pytest.raises(errors.UnknownStrategyError):
+        criterion(wrapped(torch.randn(4, 2)), torch.randn(4, 2)).backward()
 
 
 def test_arithmetic_on_the_loss_object():

@@ -57,8 +57,10 @@ class GradSampleHooksFastGradientClipping(GradSampleHooks, stock.GradSampleHooks
 
         Raises:
             CoverageError: the recordings have different numbers of examples.
+            UnknownStrategyError: the strategy was changed to what is none.
         """
         batches.check_same_batch(recordings)
+        check_strategy(strategy or self.strategy)
         gradients = Gradients(recordings, strategy or self.strategy, self.memory_budget)
         for recording in recordings:
             recording.tape.sink = receiver(recording, gradients, scale, forget)
