@@ -154,7 +154,7 @@ def _settings_of(
     if heads is None:
         raise CheckpointError(
             f"{path} has width {width}, which is no published size, and weights do not say the number of heads",
-            fix="give num_heads",
+            fix="give load_dit num_heads; or give a run of dither, or a folder of diffusers, which say it",
         )
     table = weights.get("pos_embed")
     if table is not None:
