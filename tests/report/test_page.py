@@ -6,6 +6,7 @@ import json
 import shutil
 
 import pytest
+import yaml
 from PIL import Image
 
 from dither.errors import OutputPathError, RunFolderError
@@ -55,6 +56,21 @@ def test_a_public_copy_does_not_say_in_which_folders_things_lie(copy):
         assert folder in whole and folder not in public
     for name in (".../scans", ".../b", ".../dit.pt", ".../x.npz", "hf:owner/images", "torch.optim.Adam", "DiT-S/2"):
         assert name in public
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({}, "Model DiT-digits"),
+        ({"model": "diffusers_unet"}, "Model UNet2DModel"),
+        ({"model": {"class_path": "mine.Net", "init_args": {"width": 4}}}, "Model mine.Net"),
+        ({"finetune": {"from": "dit.pt", "mode": "full"}}, "Model DiT, of the checkpoint"),
+    ],
+)
+def test_the_model_that_was_trained_is_named(copy, options, said):
+    config = yaml.safe_load((copy / "config.yaml").read_text())
+    (copy / "config.yaml").write_text(yaml.safe_dump(config | options))
+    assert said in words(write_report(copy, public=True))
 
 
 def test_cut_before_anything_was_written(copy):

@@ -67,13 +67,25 @@ def _public(public: Mapping[str, Any]) -> list[Row]:
 def _options(config: Mapping[str, Any]) -> list[Row]:
     recipe, performance = config.get("recipe") or {}, config.get("performance") or {}
     rows = []
-    if recipe.get("model"):
-        rows.append(Row("Model", str(recipe["model"])))
+    if model := _model(config):
+        rows.append(Row("Model", model))
     if recipe.get("multiplicity"):
         rows.append(Row("Noise draws per image, free in privacy", str(recipe["multiplicity"])))
     if performance.get("strategy"):
         rows.append(Row("Strategy of clipping", str(performance["strategy"])))
     return rows
+
+
+def _model(config: Mapping[str, Any]) -> str:
+    """What was trained; the recipe names it only where it built it."""
+    model = config.get("model", "dit")
+    if isinstance(model, Mapping):
+        return str(model.get("class_path", ""))
+    if model != "dit":
+        return str((config.get("unet") or {}).get("kind", model))
+    if (config.get("finetune") or {}).get("from"):
+        return "DiT, of the checkpoint"
+    return str((config.get("recipe") or {}).get("model") or "")
 
 
 def _measured(contents: Contents) -> list[Row]:
