@@ -150,7 +150,7 @@ def _yaml(file: Path) -> dict[str, Any]:
         found = _mapping(yaml.safe_load(file.read_text()), file)
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise _damaged(file, error) from error
-    for group in ("recipe", "performance"):
+    for group in ("recipe", "performance", "unet", "finetune"):
         if found.get(group) is not None:
             _mapping(found[group], file)
     return found
