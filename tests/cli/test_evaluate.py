@@ -16,7 +16,8 @@ import torch
 from PIL import Image
 
 from dither.cli.main import main
-from dither.data import digits
+from dither.data import Latents, digits
+from dither.data.latents import save_latents
 from pictures import idx_folder
 from shortened import TINY
 
@@ -93,6 +94,13 @@ def test_options_of_the_data_without_a_path_are_about_the_runs_own(tmp_path):
     assert main(["evaluate", *words]) == 0
     found = json.loads((run / "evaluation.json").read_text())
     assert list(found["accuracy_on_held_out_images"]["CNN"]) == ["all", "class 0", "class 1", "class 2"]
+
+
+def test_latents_are_refused_before_their_held_out_part_is_looked_for(samples, failure, tmp_path):
+    file = tmp_path / "latents.safetensors"
+    save_latents(file, torch.randn(4, 4, 2, 2), torch.arange(4), Latents("vae", 1.0), ("a", "b", "c", "d"))
+    said = failure("evaluate", samples, f"--data.path={file}", f"--output={tmp_path / 'out'}")
+    assert "holds latents" in said and "--data.path" in said
 
 
 def test_a_second_private_score_counts_the_first(finished_run, tmp_path):

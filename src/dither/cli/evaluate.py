@@ -116,8 +116,6 @@ def _evaluate(options: Namespace, folder: RunFolder | None, output: Path, consol
     earlier = _earlier(output)
     inception = _inception(options)
     training, held_out = _real(options, folder, console)
-    if training.latents is not None:
-        raise DataError("the data set holds latents", fix="give the images: --data.path")
     generated, labels = _generated(options, folder, training, console)
     if generated.shape[1:] != (training.channels, training.image_size, training.image_size):
         raise DataError(
@@ -178,6 +176,8 @@ def _real(options: Namespace, folder: RunFolder | None, console: Console) -> tup
         said = {name: value for name, value in asdict(data).items() if value != getattr(Data(), name)}
         data = replace(read_run_options(folder.config).data, **said)
     training = read_data(data, console)
+    if training.latents is not None:
+        raise DataError(f"{data.path} holds latents", fix="give the images that they are of: --data.path")
     return training, read_held_out(options.held_out, data, training, console)
 
 
