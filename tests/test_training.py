@@ -289,6 +289,18 @@ def test_optimizers_that_would_escape_the_mechanism_are_refused():
         make(frozen)
 
 
+def test_a_frozen_parameter_takes_no_step_with_an_old_gradient():
+    """An optimizer updates whatever has a gradient: one of before the freezing is neither clipped nor noised."""
+    net = model()
+    loss_fn(net, dataset().tensors).sum().backward()
+    net[0].requires_grad_(False)
+    before = weights(net[0])
+    training = make(net)
+    for _ in training:
+        loss_fn(net, dataset().tensors).sum().backward()
+    torch.testing.assert_close(weights(net[0]), before, rtol=0, atol=0)
+
+
 def test_verification_does_not_disturb_the_run():
     def augmented(examples):  # in the reading, as in the training: random numbers of both go on as without
         batch = torch.utils.data.default_collate(examples)

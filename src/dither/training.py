@@ -232,8 +232,7 @@ class PrivateTraining:
 
     def _sum_clipped(self, indices: np.ndarray[Any, Any]) -> Tally:
         """Sum the batch's clipped gradients into the buffers, which are the gradients of the step before."""
-        for parameter in self.parameters.values():
-            parameter.grad = None
+        self.model.zero_grad()  # of all parameters: a frozen one with an old gradient would take steps with it
         if self._sums is None:
             self._sums = {name: torch.empty_like(p, requires_grad=False) for name, p in self.parameters.items()}
         torch._foreach_zero_(list(self._sums.values()))
