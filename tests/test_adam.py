@@ -25,6 +25,19 @@ def test_without_noise_it_is_torchs_adam():
     torch.testing.assert_close(models[0].state_dict(), models[1].state_dict())
 
 
+def test_a_schedule_may_begin_at_zero():
+    weight = nn.Parameter(torch.ones(3))
+    optimizer = AdamBC([weight], lr=1.0, noise_std=0.1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: step / 2)
+    moved = []
+    for _ in range(2):
+        before, weight.grad = weight.detach().clone(), torch.ones(3)
+        optimizer.step()
+        schedule.step()
+        moved.append(float((weight.detach() - before).abs().max()))
+    assert moved[0] == 0.0 < moved[1]
+
+
 def test_the_noises_variance_is_taken_off():
     """Gradients a in half of the coordinates and 0 in the others, under noise of deviation 1."""
     weight = nn.Parameter(torch.zeros(2000))

@@ -82,5 +82,5 @@ class AdamBC(torch.optim.Optimizer):
         torch._foreach_clamp_min_(roots, group["floor"] * variance)
         torch._foreach_sqrt_(roots)
         torch._foreach_add_(roots, group["eps"])
-        torch._foreach_mul_(roots, [-(1 - first ** state["step"]) / group["lr"] for state in states])
-        torch._foreach_addcdiv_(parameters, averages, roots)
+        torch._foreach_mul_(roots, [1 - first ** state["step"] for state in states])
+        torch._foreach_addcdiv_(parameters, averages, roots, value=-group["lr"])
