@@ -6,10 +6,15 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
 
 from dither.cli.main import main
 from dither.cli.reading import read_run_options
-from dither.cli.run_folder import RunFolder
+from dither.cli.results import write_results
+from dither.cli.run_folder import Images, RunFolder
+from dither.training import PrivateTraining
 from shortened import TINY
 
 QUICK = [*TINY, "--steps=2", "--noise_multiplier=5"]
@@ -62,6 +67,28 @@ def test_class_of_the_user_in_a_yaml(programs, tmp_path):
 def users_models(monkeypatch):
     monkeypatch.syspath_prepend(str(USER.parent))
     return "users_models"
+
+
+def test_the_average_of_a_tied_parameter_is_written_under_each_of_its_names(tmp_path):
+    """Else the raw weights, which come last, take its place when the file is loaded."""
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    model[1].weight = model[0].weight
+    training = PrivateTraining(
+        model,
+        torch.optim.SGD(model.parameters(), lr=1.0),
+        TensorDataset(torch.ones(8, 3)),
+        lambda model, batch: model(batch[0]).square().sum(1),
+        expected_batch_size=4,
+        steps=2,
+        noise_multiplier=1.0,
+        ema_decay=0.9,
+    )
+    list(training)
+    folder = RunFolder.create(tmp_path / "run", Images("data", 1, 1, 1))
+    write_results(folder, model, training)
+    written = folder.load_weights("ema")
+    for name in ("0.weight", "1.weight"):
+        torch.testing.assert_close(written[name], training.ema["0.weight"], rtol=0, atol=0)
 
 
 def test_arguments_as_words_and_in_the_config(users_models, tmp_path):

@@ -23,11 +23,17 @@ SAMPLES_PER_ROW = 10
 
 def write_results(folder: RunFolder, model: nn.Module, training: PrivateTraining) -> None:
     """Write raw and EMA weights and the certificate."""
-    raw = model.state_dict()
-    folder.save_weights("model", raw)
-    folder.save_weights("ema", {**raw, **(training.ema or {})})
+    folder.save_weights("model", model.state_dict())
+    folder.save_weights("ema", averaged(model, training.ema or {}))
     certificate = training.certificate()
     folder.save_certificate({**certificate, **certificate_part(folder)})
+
+
+def averaged(model: nn.Module, ema: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The model's state with averages for its parameters; a tied one has its average under each of its names."""
+    first = {parameter: name for name, parameter in model.named_parameters()}
+    names = {name: first[parameter] for name, parameter in model.named_parameters(remove_duplicate=False)}
+    return {**model.state_dict(), **{name: ema[own] for name, own in names.items() if own in ema}}
 
 
 def grid_steps(steps: int, count: int) -> tuple[int, ...]:
@@ -64,7 +70,7 @@ def write_samples(
     raw = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     labels = torch.arange(min(SAMPLE_ROWS, images.num_classes)).repeat_interleave(per_class)
     try:
-        load(model, {**raw, **(ema or {})})
+        load(model, averaged(model, ema or {}))
         drawn = sample(
             model,
             labels,
