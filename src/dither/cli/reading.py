@@ -169,24 +169,18 @@ def _check(options: Options) -> None:
             f"--recipe.sampler_steps {recipe.sampler_steps} is outside 1..{recipe.timesteps}", fix="choose 20 to 250"
         )
     positive = {
-        f"--recipe.{name}": getattr(recipe, name)
-        for name in ("hidden_size", "depth", "num_heads", "patch_size", "multiplicity", "learning_rate", "timesteps")
+        "recipe": ("hidden_size", "depth", "num_heads", "patch_size", "multiplicity", "learning_rate", "timesteps"),
+        "privacy": ("steps", "expected_batch_size"),
+        "performance": ("threads", "memory_budget"),
+        "warm_up": ("clip_norm", "components", "rank", "steps", "learning_rate"),
+        "pretrain": ("steps", "learning_rate", "batch_size"),
     }
-    optional = {
-        "--privacy.steps": recipe.steps,
-        "--performance.threads": options.performance.threads,
-        "--performance.memory_budget": options.performance.memory_budget,
-        "--save_every": options.save_every,
-        "--warm_up.clip_norm": options.warm_up.clip_norm,
-        "--warm_up.components": options.warm_up.components,
-        "--warm_up.rank": options.warm_up.rank,
+    given = {
+        f"{group}.{name}": getattr(getattr(options, group), name) for group in positive for name in positive[group]
     }
-    for group in ("pretrain", "warm_up"):
-        optional |= {f"--{group}.{name}": getattr(getattr(options, group), name) for name in ("steps", "learning_rate")}
-    optional["--pretrain.batch_size"] = options.pretrain.batch_size
-    for option, value in {**positive, **optional}.items():
+    for option, value in {**given, "save_every": options.save_every}.items():
         if value is not None and not 0 < value < math.inf:
-            raise ConfigurationError(f"{option} {value} is not above 0", fix="give a positive number")
+            raise ConfigurationError(f"--{option} {value} is not above 0", fix="give a positive number")
 
 
 def _check_mixtures(options: Options) -> None:
