@@ -34,6 +34,7 @@ def test_a_public_copy_holds_nothing_that_is_not_private(copy):
     (copy / "evaluation").mkdir()
     Image.new("RGB", (8, 8)).save(copy / "evaluation" / "nearest.png")
     figures = {"knn": {"value": 0.12345, "private": False}, "noisy": {"value": 0.54321, "private": True}, "fid": 77.125}
+    figures["mixed"] = {"private": True, "inner": {"value": 0.6789, "private": False}}
     (copy / "evaluation.json").write_text(json.dumps(figures))
     whole = words(write_report(copy))
     assert "0.1235" in whole and "0.5432" in whole and "77.12" in whole and "Images a second" in whole
@@ -41,7 +42,7 @@ def test_a_public_copy_holds_nothing_that_is_not_private(copy):
     public = write_report(copy, public=True)
     assert public.name == "report-public.html"
     said = words(public)
-    assert "0.5432" in said and "0.1235" not in said and "77.12" not in said
+    assert "0.5432" in said and "0.1235" not in said and "77.12" not in said and "0.6789" not in said
     for hidden in ("Loss, steps", "Share of gradients clipped", "Images a second", "Time in steps"):
         assert hidden in whole and hidden not in said
     assert public.read_text().count("<img") == 3 and "href=" not in public.read_text().partition("<main")[2]
@@ -51,8 +52,11 @@ def test_a_public_copy_does_not_say_in_which_folders_things_lie(copy):
     paths = {"data": {"path": "ward 7/scans"}, "finetune.from": "/home/eve/b", "x": ["~/a/dit.pt", r"C:\Mia\x.npz"]}
     kept = {"pretrain": {"path": "hf:owner/images"}, "class": "torch.optim.Adam", "model": "DiT-S/2"}
     (copy / "config.yaml").write_text(json.dumps(paths | kept))
+    checkpoint = {"path": "/home/ann/dit.pt", "sha256": {"dit.pt": "0" * 64}, "taken_as_public": "on the word of A"}
+    tuning = {"mode": "lora", "trained_numbers": 5000, "all_numbers": 90000, "parameters": ["a"]}
+    change(copy, public={"checkpoint": checkpoint, "fine_tuning": tuning})
     whole, public = (words(write_report(copy, public=public)) for public in (False, True))
-    for folder in ("/home/eve", "~/a", "Mia", "ward 7"):
+    for folder in ("/home/eve", "/home/ann", "~/a", "Mia", "ward 7"):
         assert folder in whole and folder not in public
     for name in (".../scans", ".../b", ".../dit.pt", ".../x.npz", "hf:owner/images", "torch.optim.Adam", "DiT-S/2"):
         assert name in public

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -65,9 +65,9 @@ class Contents:
         return yaml.safe_dump(dict(self.config), sort_keys=False)
 
     @property
-    def public_options(self) -> str:
+    def without_folders(self) -> Contents:
         """The same without the folders of its paths, which name people and machines."""
-        return yaml.safe_dump(_without_folders(dict(self.config)), sort_keys=False)
+        return replace(self, certificate=_without_folders(self.certificate), config=_without_folders(self.config))
 
 
 def read_contents(path: Path) -> Contents:

@@ -72,7 +72,7 @@ def has_exposed_figures(contents: Contents) -> bool:
 
 def _figures(node: object, name: str = "", private: bool = False) -> Iterator[Figure]:
     if isinstance(node, Mapping):
-        private = node.get("private") is True or private
+        private = node.get("private", private) is True
         for key, value in node.items():
             if key != "private":
                 yield from _figures(value, name if key == "value" else f"{name} {key}".strip(), private)

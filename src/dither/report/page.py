@@ -91,6 +91,7 @@ def render(contents: Contents, beside: Path, *, public: bool = False) -> str:
         lstrip_blocks=True,
     )
     environment.filters["picture"] = _data_uri
+    contents = contents.without_folders if public else contents
     style = files("dither.report").joinpath("templates/style.css").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     contradicted = bool(contents.contradictions)
