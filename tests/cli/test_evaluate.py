@@ -164,6 +164,8 @@ def test_what_cannot_be_evaluated(samples, tmp_path, failure):
     assert "--output" in failure("evaluate", samples)
     assert "no classifier" in failure("evaluate", samples, "--output", tmp_path / "a", "--classifiers", "oracle")
     assert "samples are of shape" in failure("evaluate", samples, "--output", tmp_path / "b", "--data.image_size", 12)
+    for words, named in ((["--private_score", -1], "epsilon"), (["--private_delta", 1], "delta")):
+        assert named in failure("evaluate", tmp_path / "missing", "--output", tmp_path / "d", *words)  # before reading
     said = failure("evaluate", samples, "--output", tmp_path / "d", "--features", "inception")
     assert "--inception_weights" in said and "pt_inception-2015-12-05" in said and "inception_v3_google" in said
     said = failure("evaluate", samples, "--output", tmp_path / "d", "--inception_weights", samples, "--features", "cnn")

@@ -28,6 +28,13 @@ def test_real_digits_teach_and_noise_does_not(real, name):
     assert guessed.accuracy < 0.5
 
 
+@pytest.mark.parametrize("name", evaluation.CLASSIFIERS)
+def test_one_class_alone_is_what_is_said(name):
+    labels, test_labels = torch.zeros(20, dtype=torch.int64), torch.tensor([0, 0, 0, 1])
+    score = evaluation.score(name, torch.randn(20, 1, 8, 8), labels, torch.randn(4, 1, 8, 8), test_labels, 2)
+    assert score == evaluation.Score(0.75, (1.0, 0.0))
+
+
 def test_frechet_distance_of_known_gaussians():
     x = torch.randn(200_000, 2, dtype=torch.float64)
     y = x * torch.tensor([2.0, 1.0]) + torch.tensor([3.0, 0.0])

@@ -132,6 +132,7 @@ def _evaluate(options: Namespace, folder: RunFolder | None, output: Path, consol
 
 
 def _check(options: Namespace) -> None:
+    from dither.accounting.events import check_delta, check_epsilon
     from dither.evaluation import CLASSIFIERS
 
     for name in options.classifiers:
@@ -139,8 +140,11 @@ def _check(options: Namespace) -> None:
             raise ConfigurationError(f"there is no classifier {name!r}", fix=f"choose of {', '.join(CLASSIFIERS)}")
     if options.count < 2:
         raise ConfigurationError(f"--count {options.count} is below 2", fix="150 images of each class are a fair test")
-    if options.private_score is not None and not options.classifiers:
-        raise ConfigurationError("a private score needs a classifier", fix="--classifiers CNN")
+    check_delta(options.private_delta)
+    if options.private_score is not None:
+        check_epsilon(options.private_score)
+        if not options.classifiers:
+            raise ConfigurationError("a private score needs a classifier", fix="--classifiers CNN")
 
 
 def _inception(options: Namespace) -> Inception | None:

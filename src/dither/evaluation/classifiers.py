@@ -101,6 +101,8 @@ def _scikit(make: Callable[[], object]) -> Callable[[Tensor, Tensor, Tensor, int
         from sklearn.pipeline import make_pipeline
         from sklearn.preprocessing import StandardScaler
 
+        if len(labels.unique()) == 1:  # scikit-learn fits no boundary around one class
+            return labels[:1].expand(len(test))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # the number of passes is a fixed setting
             fitted = make_pipeline(StandardScaler(), make()).fit(images.flatten(1).numpy(), labels.numpy())
