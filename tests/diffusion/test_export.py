@@ -40,6 +40,14 @@ def test_named_classes(tmp_path):
         assert picture.mode == "RGB" and picture.size == (4, 4)
 
 
+@pytest.mark.parametrize("name", ["T - shirt / top", "/etc", "..", ".hidden"])
+def test_a_name_that_is_no_folders_is_refused(name, tmp_path):
+    """Fashion-MNIST on the hub calls its first class "T - shirt / top", which would be read as "T - shirt "."""
+    with pytest.raises(ConfigurationError, match="no folder can have the name"):
+        save_folder(IMAGES[:2], torch.tensor([1, 1]), tmp_path / "out", [name, "trouser"])
+    assert not (tmp_path / "out").exists()
+
+
 def test_arrays_come_back(tmp_path):
     with (tmp_path / "x.npz").open("wb") as file:
         save_arrays(IMAGES, LABELS, file, [str(label) for label in range(11)])

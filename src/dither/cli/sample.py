@@ -88,6 +88,8 @@ def sample_parser() -> ArgumentParser:
 def run(words: Sequence[str]) -> int:
     """Run `dither sample`; returns the exit code."""
     options = parse(sample_parser(), words)
+    from dither.diffusion.export import check_folder_names
+
     folder = RunFolder.open(options.run)
     labels = balanced_labels(options.label, options.count, folder.images)
     grid = GRID if options.output is options.folder is options.npz is None else options.output
@@ -100,6 +102,7 @@ def run(words: Sequence[str]) -> int:
         check_new_file(file, options.overwrite)
     if options.folder is not None:
         check_new_folder(options.folder)
+        check_folder_names(folder.images.class_names)
     console = Console()
     drawn = draw(
         folder,

@@ -34,11 +34,12 @@ def save_folder(images: Tensor, labels: Tensor, folder: Path, class_names: Seque
         How many files were written.
 
     Raises:
-        ConfigurationError: images that are neither grey nor RGB.
+        ConfigurationError: images that are neither grey nor RGB, or names that `check_folder_names` refuses.
         OutputPathError: a file cannot be written.
     """
     from PIL import Image
 
+    check_folder_names(class_names or ())
     if images.shape[1] not in (1, 3):
         raise ConfigurationError(
             f"images with {images.shape[1]} channels are no PNGs", fix="write --npz, or decode the latents first"
@@ -57,6 +58,17 @@ def save_folder(images: Tensor, labels: Tensor, folder: Path, class_names: Seque
     except OSError as error:
         raise OutputPathError(f"cannot write {folder}: {error}", fix="give a folder you may write") from error
     return len(pixels)
+
+
+def check_folder_names(class_names: Sequence[str]) -> None:
+    """Refuse class names that, as names of subfolders, would not be read again as these classes.
+
+    Raises:
+        ConfigurationError: one is a path of several parts, or begins with a dot.
+    """
+    for name in class_names:
+        if name != Path(name).name or name.startswith("."):
+            raise ConfigurationError(f"no folder can have the name of the class {name!r}", fix="write --npz")
 
 
 def save_arrays(images: Tensor, labels: Tensor, file: BinaryIO, class_names: Sequence[str] | None = None) -> None:
