@@ -7,7 +7,6 @@ files in the folder are left alone.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import pickle
 import secrets
@@ -47,7 +46,7 @@ def write(path: Path, state: Mapping[str, Any], step: int) -> None:
         with files.replacing(state_file) as partial:
             torch.save(dict(state), partial)
             torch.load(partial, map_location="cpu", weights_only=True, mmap=True)  # what cannot be read is no copy
-        manifest = {"format": _FORMAT, "state": state_file.name, "sha256": _sha256(state_file), "step": step}
+        manifest = {"format": _FORMAT, "state": state_file.name, "sha256": files.sha256(state_file), "step": step}
         with files.replacing(path / _MANIFEST) as partial:
             partial.write_text(json.dumps(manifest, indent=2))
     except (OSError, RuntimeError, pickle.PickleError, AttributeError, TypeError) as error:
@@ -99,7 +98,7 @@ def read(path: Path) -> dict[str, Any]:
                 fix="resume with the dither that wrote it",
             )
         file = path / Path(manifest["state"]).name
-        if _sha256(file) != manifest["sha256"]:
+        if files.sha256(file) != manifest["sha256"]:
             raise RunFolderError(
                 f"{file} is damaged: its SHA-256 is not the manifest's.", fix="restore the folder from a copy"
             )
@@ -206,11 +205,3 @@ def check_fingerprint(saved: Mapping[str, Any], given: Mapping[str, Any], path: 
                 f"{path} is of another model: trainable parameter {name} has shape {before} there and {now} here.",
                 fix="build the model as for the saved run, with the same parameters trainable",
             )
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()

@@ -1,9 +1,10 @@
-"""Files that a crash leaves whole, and a lock that the end of its process lifts."""
+"""Files that a crash leaves whole, their digests, and a lock that the end of its process lifts."""
 
 from __future__ import annotations
 
 import errno
 import glob
+import hashlib
 import importlib.util
 import os
 import secrets
@@ -74,6 +75,15 @@ def sync_folder(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def sha256(file: Path) -> str:
+    """The digest of a file's content, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with file.open("rb") as opened:
+        while block := opened.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from dither.cli.run_folder import RunFolder
 from dither.errors import RunFolderError
-from dither.files import replacing
+from dither.files import replacing, sha256
 
 if TYPE_CHECKING:
     from torch import nn
@@ -70,7 +70,7 @@ def checkpoint_facts(path: Path) -> dict[str, Any]:
     """What a checkpoint is: its path, each weight file's SHA-256, and the claim if dither trained it."""
     facts: dict[str, Any] = {"path": str(path.resolve()), "taken_as_public": ON_WHOSE_WORD}
     files = [path] if path.is_file() else sorted([*path.glob("**/*.safetensors"), *path.glob("**/*.bin")])
-    facts["sha256"] = {str(file.relative_to(path.parent)): _sha256(file) for file in files}
+    facts["sha256"] = {str(file.relative_to(path.parent)): sha256(file) for file in files}
     if (path / "run.json").is_file() and (path / "certificate.json").is_file():
         claim = json.loads((path / "certificate.json").read_text())
         facts["certificate"] = {name: claim.get(name) for name in ("private", "epsilon", "delta", "dataset_size")}
@@ -80,17 +80,9 @@ def checkpoint_facts(path: Path) -> dict[str, Any]:
 def files_digest(path: Path) -> str:
     """SHA-256 of a file; of a folder, that of what `sha256sum` prints of its files, sorted by their paths in it."""
     if path.is_file():
-        return _sha256(path)
+        return sha256(path)
     files = sorted(os.fsencode(file.relative_to(path)) for file in path.rglob("*") if file.is_file())
     digest = hashlib.sha256()
     for name in files:
-        digest.update(_sha256(path / os.fsdecode(name)).encode() + b"  " + name + b"\n")
-    return digest.hexdigest()
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as opened:
-        while block := opened.read(1 << 22):
-            digest.update(block)
+        digest.update(sha256(path / os.fsdecode(name)).encode() + b"  " + name + b"\n")
     return digest.hexdigest()

@@ -8,7 +8,6 @@ Shapes: N images (N, C, H, W) in [-1, 1], C is 1 or 3.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dither.errors import CheckpointError, ConfigurationError, MissingPackageError
+from dither.files import sha256
 
 TORCHVISION_WEIGHTS = "https://download.pytorch.org/models/inception_v3_google-0cc3c7bd.pth"
 FID_WEIGHTS = (
@@ -113,7 +113,7 @@ def load_inception(file: Path | None) -> Inception:
         raise CheckpointError(f"{file} holds another network than Inception v3: {reason}", fix=WHERE_FROM) from error
     network.fc = nn.Identity()
     network = network.eval().to(memory_format=torch.channels_last)  # convolutions of a CPU are faster so
-    return Inception(network, is_fid, hashlib.sha256(file.read_bytes()).hexdigest())
+    return Inception(network, is_fid, sha256(file))
 
 
 def _read(file: Path) -> Mapping[str, Tensor]:
