@@ -147,6 +147,7 @@ def state_of(training: PrivateTraining) -> dict[str, Any]:
         "optimizer": training.optimizer.state_dict(),
         "scheduler": None if training.scheduler is None else training.scheduler.state_dict(),
         "ema": training.ema,
+        "verification": training.first_batches.found,
     }
 
 
@@ -175,6 +176,7 @@ def restore(training: PrivateTraining, state: Mapping[str, Any], path: Path) -> 
     training.ledger = ledger
     training.resumed = state["resumed"] + 1
     training.microbatches.current = state["current_microbatch_size"]
+    training.first_batches.found = dict(state.get("verification", training.first_batches.found))
 
 
 def fingerprint(parameters: Mapping[str, Tensor], optimizer: object, scheduler: object) -> dict[str, Any]:

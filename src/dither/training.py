@@ -342,8 +342,7 @@ class PrivateTraining:
         Raises:
             OutputPathError: it cannot be written.
         """
-        state = {**checkpoint.state_of(self), "verification": self.first_batches.found}
-        checkpoint.write(Path(path), state, self.index)
+        checkpoint.write(Path(path), checkpoint.state_of(self), self.index)
 
     @classmethod
     def resume(
@@ -388,5 +387,4 @@ class PrivateTraining:
             }
             training = cls(model, optimizer, dataset, loss_fn, scheduler=scheduler, collate_fn=collate_fn, **settings)
             checkpoint.restore(training, state, Path(path))
-            training.first_batches.found = dict(state.get("verification", training.first_batches.found))
         return training
