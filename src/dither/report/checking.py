@@ -12,10 +12,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from dither.accounting import Event, Ledger
+from dither.accounting import GRADIENTS, Event, Ledger
 from dither.errors import CertificateError
 
-_GRADIENTS = "gradients"
 _SAME = 1e-6  # relative: the digits that another version of the accountant may round otherwise
 
 
@@ -43,7 +42,7 @@ def read_certificate(file: Path) -> Any:
 
 def ledger_of(certificate: Mapping[str, Any]) -> Ledger:
     """What a certificate says was released, as its epsilon depends on it."""
-    return Ledger(_event(event, event["count"]) for event in certificate["ledger"])
+    return Ledger(map(_event, certificate["ledger"]))
 
 
 def faults(certificate: Any) -> list[str]:
@@ -98,7 +97,7 @@ def _faults_of_plan(certificate: Mapping[str, Any]) -> Iterator[str]:
         yield f"sample_rate is {certificate['sample_rate']}; expected_batch_size / dataset_size is {rate}"
     if certificate["clipping"] == "flat" and certificate["sensitivity"] != certificate["max_grad_norm"]:
         yield f"sensitivity is {certificate['sensitivity']}; under flat clipping it is {certificate['max_grad_norm']}"
-    steps = [event for event in certificate["ledger"] if event.get("release", _GRADIENTS) == _GRADIENTS]
+    steps = [event for event in certificate["ledger"] if event.get("release", GRADIENTS) == GRADIENTS]
     taken = sum(event["count"] for event in steps)
     if taken != certificate["steps_done"]:
         yield f"steps_done is {certificate['steps_done']}; the ledger holds {taken} gradient steps"
@@ -121,8 +120,7 @@ def _faults_of_epsilon(certificate: Mapping[str, Any]) -> Iterator[str]:
     spent = ledger_of(certificate).epsilon(delta)
     if stated < spent * (1 - _SAME):
         yield f"epsilon is stated as {stated:.6g}; the ledger spends {spent:.6g} at delta {delta:g}"
-    others = [event for event in certificate["ledger"] if event.get("release", _GRADIENTS) != _GRADIENTS]
-    plan = [_event(event, event["count"]) for event in others]
+    plan = [_event(event) for event in certificate["ledger"] if event.get("release", GRADIENTS) != GRADIENTS]
     plan.append(Event(certificate["sample_rate"], certificate["noise_multiplier"], certificate["steps_planned"]))
     planned, stated_plan = Ledger(plan).epsilon(delta), certificate["planned_epsilon"]
     if stated_plan < planned * (1 - _SAME):
@@ -153,8 +151,8 @@ def words_of_public(certificate: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def _event(event: Mapping[str, Any], count: int) -> Event:
-    return Event(event["sampling_probability"], event["noise_multiplier"], count)
+def _event(event: Mapping[str, Any]) -> Event:
+    return Event(event["sampling_probability"], event["noise_multiplier"], event["count"])
 
 
 def _refuse(constant: str) -> None:
