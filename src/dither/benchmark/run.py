@@ -14,7 +14,7 @@ from typing import Any
 
 from dither.benchmark import worker
 from dither.benchmark.models import workload
-from dither.benchmark.results import Cell, Results, Row
+from dither.benchmark.results import Results, Row
 
 _MEASURED = ("torch", "dither", "opacus", "opake", "diffusers", "transformers")
 
@@ -113,8 +113,7 @@ def _add_jax(results: Results, row: Row, request: Request) -> None:
     sizes = workload(row.model, request.smoke).sizes
     shape = {name: getattr(sizes, name) for name in ("width", "depth", "tokens", "batch")}
     found, versions = worker.jax(request.jax_python, {**request.sent(), **shape}, request.memory)
-    cells: dict[str, Cell] = found
-    row.cells.update(cells)
+    row.cells.update(found)
     results.about["versions"].update(versions)
 
 

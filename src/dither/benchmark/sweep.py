@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -71,9 +72,5 @@ def sweep(axis: str, *, microbatches: int, pairs: int, warm_up: int, smoke: bool
                 start = time.perf_counter()
                 one.step()
                 seconds[name][place].append(time.perf_counter() - start)
-    fitted = {name: exponent(values, [_median(taken) for taken in seconds[name]]) for name in COMPARED}
+    fitted = {name: exponent(values, [statistics.median(taken) for taken in seconds[name]]) for name in COMPARED}
     return Growth(axis, str(base), list(values), seconds, fitted)
-
-
-def _median(taken: Sequence[float]) -> float:
-    return sorted(taken)[len(taken) // 2]

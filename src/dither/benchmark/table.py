@@ -134,12 +134,13 @@ def growth_table(found: Growth) -> str:
 def explained_table(uses: Sequence[Explained]) -> str:
     """A use each, the dearest first, and their sum."""
     ordered = sorted(uses, key=lambda use: -use.measured)
+    predicted = [use.predicted for use in uses if use.predicted is not None]
     whole = Explained(
         "all uses",
         "",
         "",
         sum(use.held_bytes for use in uses),
-        sum(p for p in predicted) if None not in (predicted := [u.predicted for u in uses]) else None,  # type: ignore[misc]
+        sum(predicted) if len(predicted) == len(uses) else None,
         sum(use.measured for use in uses),
     )
     return markdown(

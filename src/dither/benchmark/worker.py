@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dither.allocator import keep_memory
+from dither.benchmark import measure, models
 from dither.benchmark.measure import PEAK_MICROBATCHES, first_line
 from dither.benchmark.results import JAX_PLAIN, JAX_PRIVATE, Cell, Explained, Growth
 
@@ -88,19 +89,18 @@ def explained(request: dict[str, Any]) -> list[Explained]:
     return [Explained(**use) for use in ask({**request, "task": "explain"})]
 
 
-def _times(asked: dict[str, Any]) -> Any:
-    from dither.benchmark import measure, models
+def _workload(asked: dict[str, Any]) -> models.Workload:
+    return replace(models.workload(asked["model"], asked["smoke"]), compiled=asked.get("compile", False))
 
-    chosen = replace(models.workload(asked["model"], asked["smoke"]), compiled=asked.get("compile", False))
+
+def _times(asked: dict[str, Any]) -> Any:
     options = {name: asked[name] for name in ("microbatches", "pairs", "warm_up")}
-    return {name: asdict(cell) for name, cell in measure.times(chosen, asked["contenders"], **options).items()}
+    found = measure.times(_workload(asked), asked["contenders"], **options)
+    return {name: asdict(cell) for name, cell in found.items()}
 
 
 def _peak(asked: dict[str, Any]) -> Any:
-    from dither.benchmark import measure, models
-
-    chosen = replace(models.workload(asked["model"], asked["smoke"]), compiled=asked.get("compile", False))
-    return asdict(measure.peak(chosen, asked["contender"]))
+    return asdict(measure.peak(_workload(asked), asked["contender"]))
 
 
 def _sweep(asked: dict[str, Any]) -> Any:
@@ -111,9 +111,9 @@ def _sweep(asked: dict[str, Any]) -> Any:
 
 
 def _explain(asked: dict[str, Any]) -> Any:
-    from dither.benchmark import explain, models
+    from dither.benchmark.explain import explain
 
-    return [asdict(use) for use in explain.explain(models.workload(asked["model"], asked["smoke"]))]
+    return [asdict(use) for use in explain(models.workload(asked["model"], asked["smoke"]))]
 
 
 TASKS: dict[str, Callable[[dict[str, Any]], Any]] = {
