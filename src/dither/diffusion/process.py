@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -25,7 +25,6 @@ Weighting = Literal["uniform", "snr", "min_snr", "truncated_snr", "edm"]
 _PREDICTION_TYPES = {
     "epsilon": "epsilon", "v": "v_prediction", "sample": "sample", "edm": "sample", "flow": "flow_prediction"
 }  # fmt: skip
-_WEIGHTINGS = ("uniform", "snr", "min_snr", "truncated_snr", "edm")
 _SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 
 
@@ -71,8 +70,8 @@ class Process:
 
     def __post_init__(self) -> None:
         """Refuse what cannot work."""
-        _require("prediction", self.prediction, tuple(_PREDICTION_TYPES))
-        _require("weighting", self.weighting, _WEIGHTINGS)
+        _require("prediction", self.prediction, get_args(Prediction))
+        _require("weighting", self.weighting, get_args(Weighting))
         _require("beta_schedule", self.beta_schedule, _SCHEDULES)
         if self.sigma_data <= 0:
             raise ConfigurationError(f"sigma_data {self.sigma_data} is not above 0", fix="0.5 is usual")

@@ -7,7 +7,7 @@ inverse, so that they can be stratified whatever the distribution.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch import Tensor
 from dither.errors import ConfigurationError
 
 Distribution = Literal["uniform", "biased", "log_normal"]
-_DISTRIBUTIONS = ("uniform", "biased", "log_normal")
+_DISTRIBUTIONS = get_args(Distribution)
 
 
 @dataclass(frozen=True)
