@@ -10,16 +10,17 @@ from torch import Tensor, nn
 from dither.errors import ConfigurationError, DitherError
 
 
-def refuse_unlabelled(drop_label: Tensor) -> None:
-    """Refuse to hide a label before a model that never saw one hidden.
+def with_hidden(y: Tensor, drop_label: Tensor, num_classes: int, refuse: bool) -> Tensor:
+    """Labels (B,), `num_classes` where `drop_label` (B,) is true.
 
     Raises:
-        ConfigurationError: a label is hidden.
+        ConfigurationError: `refuse`, for a model that never saw a label hidden, and one is.
     """
-    if bool(drop_label.any()):
+    if refuse and bool(drop_label.any()):
         raise ConfigurationError(
             "the model was trained without label dropout and has no 'no label'", fix="use guidance 1"
         )
+    return torch.where(drop_label, num_classes, y)
 
 
 class LabelledModel(nn.Module):
@@ -63,9 +64,7 @@ class LabelledModel(nn.Module):
             out: Tensor = self.net(x, t, y, drop_label=drop_label)
             return out
         if drop_label is not None:
-            if not self.hides_labels and not self.training:
-                refuse_unlabelled(drop_label)
-            y = torch.where(drop_label, self.num_classes, y)
+            y = with_hidden(y, drop_label, self.num_classes, refuse=not self.hides_labels and not self.training)
         out = self.net(x, t, y)
         return out
 

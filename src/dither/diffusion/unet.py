@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dither.diffusion.labelled import refuse_unlabelled
+from dither.diffusion.labelled import with_hidden
 from dither.errors import ConfigurationError
 
 
@@ -79,9 +78,7 @@ class DiffusersUNet(nn.Module):
     def forward(self, x: Tensor, t: Tensor, y: Tensor, drop_label: Tensor | None = None) -> Tensor:
         """Predict (B, C, H, W) from noisy images, timesteps (B,) and labels (B,), hidden where `drop_label` (B,)."""
         if drop_label is not None:
-            if not self.hides_labels and not self.training:
-                refuse_unlabelled(drop_label)
-            y = torch.where(drop_label, self.num_classes, y)
+            y = with_hidden(y, drop_label, self.num_classes, refuse=not self.hides_labels and not self.training)
         shown = {} if self.class_tokens is None else {"encoder_hidden_states": self.class_tokens(y)[:, None]}
         folded = F.pixel_unshuffle(x, self.patch_size)
         out: Tensor = self.unet(folded, t, class_labels=y, return_dict=False, **shown)[0]
