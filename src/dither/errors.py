@@ -17,6 +17,11 @@ class DitherError(Exception):
         super().__init__(f"{what}\n  Fix: {fix}")
 
 
+def reason_of(error: Exception) -> str:
+    """The first line of what another library's error says, or its type where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 # --- arguments and inputs -------------------------------------------------------------------
 
 

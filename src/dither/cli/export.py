@@ -14,7 +14,7 @@ from dither.cli.outputs import check_new_folder
 from dither.cli.parsing import Formatter, parse
 from dither.cli.reading import read_run_options
 from dither.cli.run_folder import Images, RunFolder
-from dither.errors import CheckpointError, ConfigurationError
+from dither.errors import CheckpointError, ConfigurationError, reason_of
 
 if TYPE_CHECKING:
     from dither.diffusion.dit import DiT
@@ -144,9 +144,8 @@ def _read_autoencoder(folder: Path) -> Any:
         if vae.config.shift_factor:
             vae = ShiftedAutoencoderKL.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # the library raises what its readers raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
-            f"{folder} holds no AutoencoderKL: {reason}", fix="give the folder that encoded the data"
+            f"{folder} holds no AutoencoderKL: {reason_of(error)}", fix="give the folder that encoded the data"
         ) from error
     return vae
 

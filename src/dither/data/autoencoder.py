@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dither.data.image_data import Latents
-from dither.errors import ConfigurationError, DataError
+from dither.errors import ConfigurationError, DataError, reason_of
 
 Posterior = Literal["mean", "sample"]
 
@@ -39,9 +39,8 @@ class Autoencoder:
         try:
             self._model: Any = AutoencoderKL.from_pretrained(str(folder), local_files_only=True).eval().to(device)
         except Exception as error:  # the library raises what its readers raise
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise DataError(
-                f"{folder} holds no AutoencoderKL that diffusers can open: {reason}", fix="save it again"
+                f"{folder} holds no AutoencoderKL that diffusers can open: {reason_of(error)}", fix="save it again"
             ) from error
         self._device = device
         config = self._model.config

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dither.errors import reason_of
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -79,4 +81,4 @@ def _reason(error: Exception) -> str:
 
     if isinstance(error, UnidentifiedImageError):
         return "no image that Pillow knows"
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return reason_of(error)

@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from dither.data.decoding import UnreadableImageError, decode
-from dither.errors import DataError, MissingPackageError, NoHeldOutPartError
+from dither.errors import DataError, MissingPackageError, NoHeldOutPartError, reason_of
 
 _HELD_OUT = ("test", "validation", "valid", "val")
 
@@ -61,8 +61,9 @@ def open_hub(name: str, split: str, image_column: str | None, label_column: str 
     try:
         loaded = loader(name)
     except Exception as error:  # the library raises what its readers and its client raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise DataError(f"the dataset {name} cannot be opened: {reason}", fix="check the name or the folder") from error
+        raise DataError(
+            f"the dataset {name} cannot be opened: {reason_of(error)}", fix="check the name or the folder"
+        ) from error
     data = _part(loaded, split, name) if isinstance(loaded, dict) else loaded
     if split != "train" and data is loaded:
         raise NoHeldOutPartError(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dither.diffusion.dit import HEADS, DiT
 from dither.diffusion.embeddings import position_sinusoids
-from dither.errors import CheckpointError, OutputPathError
+from dither.errors import CheckpointError, OutputPathError, reason_of
 
 _LABELS = "y_embedder.embedding_table.weight"
 
@@ -83,9 +83,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     try:
         content = _read(path)
     except Exception as error:  # a damaged file fails in as many ways as there are readers
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
-            f"{path} cannot be read: {reason}", fix="give a file of tensors: .pt or .safetensors"
+            f"{path} cannot be read: {reason_of(error)}", fix="give a file of tensors: .pt or .safetensors"
         ) from error
     for part in ("ema", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(part), Mapping):

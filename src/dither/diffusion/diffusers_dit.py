@@ -16,7 +16,7 @@ from torch import Tensor
 from dither.diffusion.checkpoints import load_weights
 from dither.diffusion.dit import DiT
 from dither.diffusion.embeddings import position_sinusoids
-from dither.errors import CheckpointError, ConfigurationError
+from dither.errors import CheckpointError, ConfigurationError, reason_of
 
 PIPELINE_CLASSES = 1000
 """`DiTPipeline` takes label 1000 for "no label", whatever the model's table."""
@@ -104,7 +104,7 @@ def load_diffusers(folder: Path) -> DiT:
         )
     except (OSError, ValueError, RuntimeError, NotImplementedError) as error:
         raise CheckpointError(
-            f"{folder} holds no DiTTransformer2DModel: {str(error).splitlines()[0]}",
+            f"{folder} holds no DiTTransformer2DModel: {reason_of(error)}",
             fix="give the folder that save_pretrained wrote, or a .pt in the published layout",
         ) from error
     if info["missing_keys"]:  # diffusers leaves these at random and only warns

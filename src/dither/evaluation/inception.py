@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dither.errors import CheckpointError, ConfigurationError, MissingPackageError
+from dither.errors import CheckpointError, ConfigurationError, MissingPackageError, reason_of
 from dither.files import sha256
 
 TORCHVISION_WEIGHTS = "https://download.pytorch.org/models/inception_v3_google-0cc3c7bd.pth"
@@ -102,8 +102,7 @@ def load_inception(file: Path | None) -> Inception:
         classes = len(weights["fc.weight"])
         has_auxiliary = any(name.startswith("AuxLogits.") for name in weights)
     except Exception as error:  # a damaged file fails in as many ways as there are readers
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{file} is no state dict of Inception v3: {reason}", fix=WHERE_FROM) from error
+        raise CheckpointError(f"{file} is no state dict of Inception v3: {reason_of(error)}", fix=WHERE_FROM) from error
     is_fid = classes == _FID_CLASSES and not has_auxiliary
     network = _build(classes, is_fid, has_auxiliary)
     try:
