@@ -52,6 +52,12 @@ def test_parts(tmp_path):
         read_images(tmp_path / "other")
 
 
+def test_a_dataset_without_examples_is_named(tmp_path):
+    made().filter(lambda example: False).save_to_disk(tmp_path / "empty")
+    with pytest.raises(DataError, match="has no images"):
+        read_images(tmp_path / "empty")
+
+
 def test_broken_images_are_named(tmp_path):
     stored = [{"bytes": b"not an image", "path": None}, None, ramp(0)]
     made({"image": stored, "label": [0, 1, 1]}).save_to_disk(tmp_path / "pets")

@@ -103,8 +103,10 @@ def check_images(
 
     Raises:
         BrokenImagesError: images cannot be used and skip_broken is not set, or none can be used.
-        DataError: the images are of several sizes or kinds, or not square, and preparation does not say what to do.
+        DataError: there are none, or of several sizes or kinds, or not square, and preparation does not say what to do.
     """
+    if not names:
+        raise DataError(f"{where} has no images", fix="give a data set with at least one image")
     broken: dict[int, str] = {}
     shapes: dict[tuple[int, ...], int] = {}  # the first example of each shape
     held: list[Tensor] | None = []
