@@ -9,6 +9,7 @@ from PIL import Image
 from torch import nn
 
 from dither.diffusion import SAMPLERS, Churn, DiffusionLoss, Process, dit, image_grid, sample, save_grid
+from dither.diffusion.labelled import LabelledModel
 from dither.errors import ConfigurationError, LabelError, OutputPathError
 
 
@@ -94,6 +95,16 @@ def test_a_trained_toy_denoises():
     drawn = sample(model, [0, 1] * 8, process=process, steps=20, seed=0)
     assert drawn[0::2].mean() < -0.4 and drawn[1::2].mean() > 0.4
     assert drawn.flatten(1).std(1).mean() < 0.3  # the noise is gone
+
+
+def test_each_module_keeps_its_mode():
+    """A part that stays in eval mode, as a frozen encoder does, is still in it after; so it is in a user's model."""
+    model = KnowsTheImage(Process())
+    model.frozen = nn.BatchNorm2d(1).eval()
+    sample(model, [0], process=model.process, steps=2)
+    assert model.training and not model.frozen.training
+    LabelledModel(model, 8, 1, 10, hides_labels=True)
+    assert model.training and not model.frozen.training
 
 
 def test_progress_and_empty():

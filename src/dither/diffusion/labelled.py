@@ -7,6 +7,7 @@ import inspect
 import torch
 from torch import Tensor, nn
 
+from dither.diffusion.sampling import evaluating
 from dither.errors import ConfigurationError, DitherError
 
 
@@ -70,7 +71,7 @@ class LabelledModel(nn.Module):
 
     @torch.no_grad()
     def _try(self, t: Tensor) -> None:
-        name, training = type(self.net).__name__, self.training
+        name = type(self.net).__name__
         x = torch.zeros(2, self.in_channels, self.input_size, self.input_size)
         y = torch.full((2,), self.num_classes - 1)
         hidden = torch.tensor([False, self.hides_labels])
@@ -79,16 +80,14 @@ class LabelledModel(nn.Module):
         if t.is_floating_point():
             fix = "take timesteps between whole numbers, which the sampler euler has, or --recipe.sampler dpm-solver++"
         try:
-            with torch.random.fork_rng(devices=[]):
-                out = self.eval()(x, t, y, drop_label=hidden)
+            with torch.random.fork_rng(devices=[]), evaluating(self):
+                out = self(x, t, y, drop_label=hidden)
         except DitherError:
             raise
         except Exception as error:  # the user's code may raise anything
             raise ConfigurationError(
                 f"{name} fails at timesteps {t.tolist()}: {type(error).__name__}: {error}", fix=fix
             ) from error
-        finally:
-            self.train(training)
         if not isinstance(out, Tensor) or out.shape != x.shape:
             got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
             raise ConfigurationError(f"{name} returns {got}", fix=fix)

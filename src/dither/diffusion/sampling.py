@@ -87,7 +87,7 @@ def sample(
             progress(done, len(chunks) * steps)
 
     finished: list[Tensor] = []
-    with _evaluating(model), torch.inference_mode():
+    with evaluating(model), torch.inference_mode():
         for index, y in enumerate(chunks):
             denoiser = _Denoiser(model, y, process, guidance, clip)
             noise = streams.of(range(index * batch_size, index * batch_size + len(y)))
@@ -186,10 +186,12 @@ def _shape(model: nn.Module) -> tuple[int, int, int]:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = model.training
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model in eval mode, and each of its modules back in its own after."""
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         yield
     finally:
-        model.train(training)
+        for module, training in modes:
+            module.training = training
