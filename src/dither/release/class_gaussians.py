@@ -24,7 +24,9 @@ from torch import Tensor
 from dither.accounting import CLASS_GAUSSIANS, Event, Ledger
 from dither.errors import ConfigurationError
 from dither.noise import _CLASS_GAUSSIANS, GaussianNoise, derived_seed
+from dither.release.covariances import eigen
 from dither.release.file import load_release, save_release
+from dither.release.points import COUNT_WEIGHT
 from dither.release.reading import (
     LEAST_SHARE,
     check_counts,
@@ -36,7 +38,6 @@ from dither.release.reading import (
 from dither.sampling import CollateFunction, check_dataset
 
 _MOST_ENTRIES = 4096  # of an image: its second moments are D x D
-_COUNT_WEIGHT = 0.5  # of an example in its class's count, in units of clip_norm
 _PARTS = 3  # means, the common directions, covariances
 
 
@@ -138,7 +139,7 @@ def release_class_gaussians(
     def about(middles: Tensor) -> _Batches:
         return clipped_distances(dataset, np.arange(size), middles, clip, collate_fn)
 
-    weight = _COUNT_WEIGHT * clip
+    weight = COUNT_WEIGHT * clip
     sums = _sums(about(torch.full((num_classes, 1), centre, dtype=torch.float64)), num_classes, entries, weight)
     noise.add_([sums], noise_multiplier * math.hypot(clip, weight), step=0)
     counts = (sums[:, -1] / weight).clamp(min=LEAST_SHARE * size / num_classes)
@@ -146,7 +147,7 @@ def release_class_gaussians(
 
     moments = _moments(about(means), entries)
     noise.add_([moments], noise_multiplier * clip**2, step=1)
-    directions = torch.linalg.eigh((moments + moments.T) / 2).eigenvectors[:, -rank:]
+    directions = eigen(moments)[1][:, -rank:]
 
     covariances = _class_moments(about(means), directions, num_classes)
     noise.add_([covariances], noise_multiplier * clip**2, step=2)
@@ -200,7 +201,7 @@ def _factors(covariances: Tensor, deviations: Tensor) -> Tensor:
         covariances: not yet symmetric.
         deviations: of their entries' noise, (K,).
     """
-    values, vectors = torch.linalg.eigh((covariances + covariances.mT) / 2)
+    values, vectors = eigen(covariances)
     edge = 2 * deviations / math.sqrt(2) * math.sqrt(covariances.shape[-1])
     kept = torch.where(values > edge[:, None], values, 0.0)
     factors: Tensor = vectors * kept.sqrt()[:, None, :]
