@@ -120,8 +120,6 @@ def _train(
 
 
 def _read(folder: RunFolder) -> dict[str, Any]:
-    if not folder.beginning.exists():
-        raise RunFolderError(f"{folder.path} was stopped before its state was saved", fix="start again: dither train")
     try:
         state: dict[str, Any] = torch.load(folder.beginning, map_location="cpu", weights_only=True)
         return {"part": state["part"], "model": state["model"], **state}
