@@ -160,6 +160,16 @@ def test_inception_features_say_whose_weights_gave_them(tmp_path, capsys):
     assert found["frechet_distance"]["private"] is False and np.isfinite(found["frechet_distance"]["value"])
 
 
+def test_a_class_without_held_out_images_has_no_accuracy(samples, tmp_path):
+    images, labels = digits()[1].tensors
+    np.savez(tmp_path / "zeros.npz", images=images[labels == 0].numpy(), labels=labels[labels == 0].numpy())
+    words = [str(samples), f"--held_out={tmp_path / 'zeros.npz'}", "--classifiers=logistic regression"]
+    assert main(["evaluate", *words, f"--output={tmp_path / 'out'}"]) == 0
+    text = (tmp_path / "out" / "evaluation.json").read_text()
+    found = json.loads(text, parse_constant=pytest.fail)["accuracy_on_held_out_images"]["logistic regression"]
+    assert found["class 0"]["value"] > 0.9 and found["class 1"]["value"] is None
+
+
 def test_what_cannot_be_evaluated(samples, tmp_path, failure):
     assert "--output" in failure("evaluate", samples)
     assert "no classifier" in failure("evaluate", samples, "--output", tmp_path / "a", "--classifiers", "oracle")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -144,8 +145,8 @@ def _private(options: Namespace, rights: list[int], count: int, earlier: list[fl
 
 
 def _open(value: object) -> dict[str, Any]:
-    """A figure computed from real images without noise."""
-    return {"value": value, "private": False}
+    """A figure computed from real images without noise; JSON knows no number that is none."""
+    return {"value": None if isinstance(value, float) and not math.isfinite(value) else value, "private": False}
 
 
 def _public(value: object) -> dict[str, Any]:
