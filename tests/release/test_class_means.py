@@ -13,6 +13,7 @@ import dither
 from dither.accounting import CLASS_MEANS, Event, Ledger, noise_multiplier_for
 from dither.errors import BudgetError, ConfigurationError, LabelError, LedgerError, RunFolderError
 from dither.release.class_means import ClassMeans, _sums, release_class_means
+from dither.release.class_mixtures import ClassMixtures
 from dither.report.checking import faults
 
 
@@ -76,6 +77,8 @@ def test_a_release_is_kept_and_never_written_over(tmp_path):
     assert torch.equal(kept.images, means.images) and kept.events == means.events and kept.private
     with pytest.raises(LedgerError):
         means.save(tmp_path / "means")
+    with pytest.raises(RunFolderError):
+        ClassMixtures.load(tmp_path / "means")
     (tmp_path / "means").write_bytes(b"no longer")
     with pytest.raises(RunFolderError):
         ClassMeans.load(tmp_path / "means")

@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,7 +24,7 @@ from dither.accounting import CLASS_GAUSSIANS, Event, Ledger
 from dither.errors import ConfigurationError
 from dither.noise import _CLASS_GAUSSIANS, GaussianNoise, derived_seed
 from dither.release.covariances import eigen
-from dither.release.file import load_release, save_release
+from dither.release.file import Release
 from dither.release.points import COUNT_WEIGHT
 from dither.release.reading import (
     LEAST_SHARE,
@@ -42,15 +41,15 @@ _PARTS = 3  # means, the common directions, covariances
 
 
 @dataclass(frozen=True)
-class ClassGaussians:
+class ClassGaussians(Release):
     """What was released.
 
     Attributes:
         means: (K, ...) float32, in the images' unit.
         directions: (R, ...) float32, orthonormal.
         factors: (K, R, R) float32; a class's covariance along the directions is its factor times the transpose.
-        events: what the release cost; hand them to `PrivateTraining(prior=...)`.
-        private: whether the noise came from fresh entropy; a seed makes it predictable.
+        events: as `Release`.
+        private: as `Release`.
     """
 
     means: Tensor
@@ -65,26 +64,6 @@ class ClassGaussians:
         along = (self.factors[labels] @ normals).squeeze(2)
         images: Tensor = self.means[labels] + torch.tensordot(along, self.directions, 1)
         return images if limits is None else images.clamp(*limits)
-
-    def save(self, path: Path) -> None:
-        """Write the release to a file that `load` reads; a crash leaves no half of it.
-
-        Raises:
-            LedgerError: a release is there already.
-            OutputPathError: the file cannot be written.
-        """
-        tensors = {"means": self.means, "directions": self.directions, "factors": self.factors}
-        save_release(path, tensors, self.events, self.private)
-
-    @classmethod
-    def load(cls, path: Path) -> ClassGaussians:
-        """Read what `save` wrote.
-
-        Raises:
-            RunFolderError: the file is missing or damaged.
-        """
-        (means, directions, factors), events, private = load_release(path, ("means", "directions", "factors"))
-        return cls(means, directions, factors, events, private)
 
 
 def release_class_gaussians(

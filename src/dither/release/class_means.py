@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,45 +18,26 @@ from torch import Tensor
 from dither.accounting import CLASS_MEANS, Event, Ledger
 from dither.errors import ConfigurationError
 from dither.noise import _CLASS_MEANS, GaussianNoise, derived_seed
-from dither.release.file import load_release, save_release
+from dither.release.file import Release
 from dither.release.reading import LEAST_SHARE, check_counts, check_norms, clipped_distances, image_shape
 from dither.sampling import CollateFunction, PoissonSampler, check_dataset
 
 
 @dataclass(frozen=True)
-class ClassMeans:
+class ClassMeans(Release):
     """What was released.
 
     Attributes:
         images: (draws * num_classes, ...) float32, draw by draw, a noisy mean per class.
         labels: (draws * num_classes,) int64.
-        events: what the release cost; hand them to `PrivateTraining(prior=...)`.
-        private: whether the noise came from fresh entropy; a seed makes it predictable.
+        events: as `Release`.
+        private: as `Release`.
     """
 
     images: Tensor
     labels: Tensor
     events: tuple[Event, ...]
     private: bool = True
-
-    def save(self, path: Path) -> None:
-        """Write the release to a file that `load` reads; a crash leaves no half of it.
-
-        Raises:
-            LedgerError: a release is there already.
-            OutputPathError: the file cannot be written.
-        """
-        save_release(path, {"images": self.images, "labels": self.labels}, self.events, self.private)
-
-    @classmethod
-    def load(cls, path: Path) -> ClassMeans:
-        """Read what `save` wrote.
-
-        Raises:
-            RunFolderError: the file is missing or damaged.
-        """
-        (images, labels), events, private = load_release(path, ("images", "labels"))
-        return cls(images, labels, events, private)
 
 
 def release_class_means(

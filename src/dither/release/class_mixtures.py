@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,7 @@ from dither.accounting import CLASS_MIXTURES, Event, Ledger
 from dither.noise import _CLASS_MIXTURES, derived_seed
 from dither.release.clusters import clusters
 from dither.release.covariances import LEFT_WEIGHT, eigen, principal_axes, second_moments, variances_of_the_rest
-from dither.release.file import load_release, save_release
+from dither.release.file import Release
 from dither.release.frequencies import low_frequencies
 from dither.release.points import COUNT_WEIGHT, counts_of, group_sums, moments, squared_lengths, total
 from dither.release.reading import (
@@ -43,11 +42,10 @@ _FARTHEST = 4.0  # distance of an image from the centre, in clip norms, beyond w
 _NEAR = 0.36  # clip norm of distances within a component, and of those that directions are found from, of clip_norm
 _LEAST_VARIANCE = 1e-3
 _LEAST_SPREAD = 0.02  # of where components begin, in clip norms
-_TENSORS = ("middle", "directions", "weights", "centres", "axes", "variances", "rest")
 
 
 @dataclass(frozen=True)
-class ClassMixtures:
+class ClassMixtures(Release):
     """What was released.
 
     Attributes:
@@ -58,8 +56,8 @@ class ClassMixtures:
         axes: (K, M, R, A), orthonormal columns.
         variances: (K, M, A), along the axes.
         rest: (2,): the variance along a direction outside a component's axes, and along one outside of all directions.
-        events: what the release cost; hand them to `PrivateTraining(prior=...)`.
-        private: whether the noise came from fresh entropy; a seed makes it predictable.
+        events: as `Release`.
+        private: as `Release`.
     """
 
     middle: Tensor
@@ -72,10 +70,6 @@ class ClassMixtures:
     events: tuple[Event, ...]
     private: bool = True
 
-    def tensors(self) -> dict[str, Tensor]:
-        """The released tensors, by name."""
-        return {name: getattr(self, name) for name in _TENSORS}
-
     def draw(self, labels: Tensor, limits: tuple[float, float] | None = None) -> Tensor:
         """An image (N, ...) of each label (N,) along its component's axes, cut to the limits; torch's generator."""
         which = torch.multinomial(self.weights[labels], 1).squeeze(1)
@@ -83,25 +77,6 @@ class ClassMixtures:
         points = self.centres[labels, which] + (self.axes[labels, which] @ along.unsqueeze(2)).squeeze(2)
         images: Tensor = self.middle + torch.tensordot(points, self.directions, 1)
         return images if limits is None else images.clamp(*limits)
-
-    def save(self, path: Path) -> None:
-        """Write the release to a file that `load` reads; a crash leaves no half of it.
-
-        Raises:
-            LedgerError: a release is there already.
-            OutputPathError: the file cannot be written.
-        """
-        save_release(path, self.tensors(), self.events, self.private)
-
-    @classmethod
-    def load(cls, path: Path) -> ClassMixtures:
-        """Read what `save` wrote.
-
-        Raises:
-            RunFolderError: the file is missing or damaged.
-        """
-        tensors, events, private = load_release(path, _TENSORS)
-        return cls(**dict(zip(_TENSORS, tensors, strict=True)), events=events, private=private)
 
 
 def release_sizes(entries: int, rank: int) -> tuple[int, int]:
