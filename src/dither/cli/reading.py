@@ -16,7 +16,7 @@ from dither.cli.options import SHORT, Options, Privacy, train_parser
 from dither.cli.parsing import parse
 from dither.cli.run_folder import RunFolder
 from dither.diffusion.recipe import Recipe
-from dither.diffusion.sampling import FLOW_SAMPLERS, SAMPLERS
+from dither.diffusion.schedulers import check_sampler
 from dither.errors import ConfigurationError, DitherError, RunFolderError
 
 RESUMABLE = ("resume", "save_every", "performance.", "telemetry.")
@@ -158,12 +158,7 @@ def _check(options: Options) -> None:
         )
     if options.telemetry.samples < 0:
         raise ConfigurationError(f"--telemetry.samples {options.telemetry.samples} is below 0", fix="0 draws none")
-    samplers = FLOW_SAMPLERS if recipe.prediction == "flow" else SAMPLERS
-    if recipe.sampler not in samplers:
-        raise ConfigurationError(
-            f"--recipe.sampler {recipe.sampler} is not one for --recipe.prediction {recipe.prediction}",
-            fix=f"one of {', '.join(samplers)}",
-        )
+    check_sampler(recipe.sampler, recipe.prediction)
     if not 1 <= recipe.sampler_steps <= recipe.timesteps:
         raise ConfigurationError(
             f"--recipe.sampler_steps {recipe.sampler_steps} is outside 1..{recipe.timesteps}", fix="choose 20 to 250"

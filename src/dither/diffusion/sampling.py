@@ -18,7 +18,7 @@ from dither.diffusion.edm import Churn, edm_sample
 from dither.diffusion.process import Process
 from dither.diffusion.schedulers import FLOW_SAMPLERS as FLOW_SAMPLERS
 from dither.diffusion.schedulers import SAMPLERS as SAMPLERS
-from dither.diffusion.schedulers import build_scheduler
+from dither.diffusion.schedulers import build_scheduler, check_sampler
 from dither.diffusion.streams import Noise, NoiseStreams
 from dither.errors import ConfigurationError
 
@@ -159,12 +159,7 @@ def _scheduled(denoiser: _Denoiser, sampler: str, noise: Noise, steps: int, coun
 
 def _check(sampler: str, steps: int, process: Process, batch_size: int, churn: Churn | None) -> None:
     """Refuse what cannot work."""
-    samplers = FLOW_SAMPLERS if process.prediction == "flow" else SAMPLERS
-    if sampler not in samplers:
-        raise ConfigurationError(
-            f"sampler {sampler!r} is not known, or not for prediction {process.prediction!r}",
-            fix=f"choose one of {', '.join(samplers)}",
-        )
+    check_sampler(sampler, process.prediction)
     if steps < 1 or steps > process.timesteps:
         raise ConfigurationError(
             f"steps {steps} is outside 1..{process.timesteps}", fix="choose between 20 and 250 steps"
