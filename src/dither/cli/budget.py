@@ -123,8 +123,6 @@ def _check(options: Namespace) -> None:
     for name in ("dataset_size", "batch_size", *given):
         if not options[name] > 0:
             raise ConfigurationError(f"--{name} {options[name]} is not above 0", fix="give a positive number")
-    if not 0 < options.delta < 1:
-        raise ConfigurationError(f"--delta {options.delta} is outside (0, 1)", fix="choose well below 1 / dataset_size")
     if options.batch_size > options.dataset_size:
         raise BatchSizeError(
             f"--batch_size {options.batch_size} is larger than --dataset_size {options.dataset_size}",

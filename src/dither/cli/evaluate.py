@@ -204,7 +204,7 @@ def _show(found: dict[str, Any], console: Console) -> None:
     for name, parts in found.items():
         for part, figure in parts.items():
             if "value" not in figure:  # a classifier, with its classes
-                part, figure = f"{part}", figure["all"]
+                figure = figure["all"]
             value = figure["value"]
             said = f"{value:.4g}" if isinstance(value, float) else str(value)
             table.add_row(f"{name} {part}".replace("_", " "), said, "" if figure["private"] else "non-private")
