@@ -284,6 +284,9 @@ def test_optimizers_that_would_escape_the_mechanism_are_refused():
     for optimizer, match in ((both, "not the model's"), (torch.optim.LBFGS(net.parameters()), "LBFGS")):
         with pytest.raises(errors.ConfigurationError, match=match):
             PrivateTraining(net, optimizer, dataset(), loss_fn, expected_batch_size=8)
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(torch.optim.SGD(net.parameters(), lr=1.0))
+    with pytest.raises(errors.ConfigurationError, match="not private"):
+        make(net, scheduler=plateau)
     frozen = model().requires_grad_(False)
     with pytest.raises(errors.ConfigurationError, match="no trainable"):
         make(frozen)

@@ -120,6 +120,10 @@ class PrivateTraining:
                 f"Both epsilon={epsilon} and noise_multiplier={noise_multiplier} are given.",
                 fix="give one; the other follows from it",
             )
+        if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            raise ConfigurationError(
+                "ReduceLROnPlateau follows the loss, which is not private.", fix="a schedule of the step's number alone"
+            )
         check_seed(seed)
         size = check_dataset(dataset)
         self.parameters = trained_parameters(model, optimizer)
