@@ -49,6 +49,12 @@ def test_churn_changes_the_images(finished_run, tmp_path):
     assert (drawn[0] != drawn[1]).any()
 
 
+def test_a_path_is_said_as_it_is(finished_run, tmp_path, capsys):
+    """Brackets would be taken for rich's markup, and left out."""
+    assert main(["sample", str(finished_run), "--count=1", f"--output={tmp_path / 'grid [final].png'}"]) == 0
+    assert "grid [final].png" in capsys.readouterr().out
+
+
 def test_a_folder_is_a_data_set(finished_run, tmp_path):
     folder, npz = tmp_path / "synthetic", tmp_path / "same.npz"
     assert main(["sample", str(finished_run), "--count=3", "--batch_size=7", f"--folder={folder}", f"--npz={npz}"]) == 0

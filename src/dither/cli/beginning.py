@@ -111,7 +111,7 @@ def _train(
         while training.index < training.steps and not stop.wanted:
             loss = training.step()
             if training.index in shown:
-                console.print(f"{part} step {training.index}/{training.steps}  loss {loss:.4f}", highlight=False)
+                console.print(f"{part} step {training.index}/{training.steps}  loss {loss:.4f}")
             if time.monotonic() - last_save >= options.save_every:
                 _write(folder, {"part": part, **training.state_dict()})
                 last_save = time.monotonic()

@@ -50,8 +50,6 @@ def read_data(options: Data, console: Console | None = None, split: Split = "tra
         lines = "\n  ".join(data.left_out[:_SHOWN])
         console.print(
             f"Left out {len(data.left_out)} (not private):\n  {lines}{more}",
-            highlight=False,
-            markup=False,
             soft_wrap=True,
         )
     return data
@@ -143,7 +141,6 @@ def fit_patches(recipe: Recipe, images: Images, console: Console) -> dict[str, i
     console.print(
         f"Patches of {fitting[-1]} x {fitting[-1]} pixels: {patch} does not divide {side}. Another choice: "
         "--recipe.patch_size",
-        highlight=False,
         soft_wrap=True,
     )
     return {"patch_size": fitting[-1]}

@@ -64,7 +64,7 @@ def run(words: Sequence[str]) -> int:
     from dither.data.autoencoder import Autoencoder
     from dither.data.latents import save_latents
 
-    console = Console()
+    console = Console(markup=False, highlight=False)
     with _new_file(made.output) as partial:
         autoencoder = Autoencoder(made.vae, "cuda" if torch.cuda.is_available() else "cpu")
         data = read_data(_with_channels(made.data, autoencoder.channels), console, made.split)
@@ -84,7 +84,6 @@ def run(words: Sequence[str]) -> int:
     console.print(
         f"{len(data)} latents of {channels} x {side} x {side} in {made.output}. Train on them:\n"
         f"  dither train --data.path {made.output}",
-        highlight=False,
         soft_wrap=True,
     )
     return 0

@@ -99,7 +99,7 @@ def run(words: Sequence[str]) -> int:
     """Run `dither evaluate`; returns the exit code."""
     options = parse(evaluate_parser(), words)
     _check(options)
-    console = Console()
+    console = Console(markup=False, highlight=False)
     folder = RunFolder.open(options.source) if (options.source / "run.json").is_file() else None
     output = options.output or (None if folder is None else folder.path)
     if output is None:
@@ -128,7 +128,7 @@ def _evaluate(options: Namespace, folder: RunFolder | None, output: Path, consol
     with replacing(output / "evaluation.json") as partial:  # it is the account of earlier private scores
         partial.write_text(json.dumps(found, indent=2) + "\n")
     _show(found, console)
-    console.print(f"Figures in {output / 'evaluation.json'}", highlight=False, soft_wrap=True)
+    console.print(f"Figures in {output / 'evaluation.json'}", soft_wrap=True)
 
 
 def _check(options: Namespace) -> None:

@@ -64,9 +64,9 @@ def run(words: Sequence[str]) -> int:
         raise ConfigurationError("the published layout has no place for --vae", fix="leave --vae out")
     run_folder = RunFolder.open(options.run)
     check_new_folder(options.folder)
-    console = Console()
+    console = Console(markup=False, highlight=False)
     for line in (_to_diffusers if options.to == "diffusers" else _to_dit)(run_folder, options):
-        console.print(line, highlight=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)
     if run_folder.certificate.is_file():
         (options.folder / "certificate.json").write_bytes(run_folder.certificate.read_bytes())
     return 0

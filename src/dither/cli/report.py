@@ -43,8 +43,8 @@ def run(words: Sequence[str]) -> int:
     from dither.report import write_report
 
     file = write_report(options.run, options.output, public=options.public)
-    console = Console()
-    console.print(f"Report {file}", highlight=False, soft_wrap=True)
+    console = Console(markup=False, highlight=False)
+    console.print(f"Report {file}", soft_wrap=True)
     if not options.public:
-        console.print("It holds values that are not private; --public leaves them out.", highlight=False)
+        console.print("It holds values that are not private; --public leaves them out.")
     return 0

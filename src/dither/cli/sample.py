@@ -103,7 +103,7 @@ def run(words: Sequence[str]) -> int:
     if options.folder is not None:
         check_new_folder(options.folder)
         check_folder_names(folder.images.class_names)
-    console = Console()
+    console = Console(markup=False, highlight=False)
     drawn = draw(
         folder,
         labels,
@@ -167,4 +167,4 @@ def _write(
             save_arrays(pictures(drawn, images), labels, file, images.class_names or None)
         said.append(f"arrays in {options.npz}")
     for line in said:
-        console.print(line, highlight=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)

@@ -66,7 +66,7 @@ def run(words: Sequence[str]) -> int:
 
     if options.performance.threads is not None:
         torch.set_num_threads(options.performance.threads)
-    console = Console()
+    console = Console(markup=False, highlight=False)  # a path may hold brackets
     with ExitStack() as until_done:  # the folder is this process's until then
         ready = (_create if options.resume is None else _open)(options, console, until_done)
         return _run(ready, console)
@@ -75,28 +75,28 @@ def run(words: Sequence[str]) -> int:
 def _run(ready: Run, console: Console) -> int:
     """Train to the end, or to an interrupt, and write what the run hands over; returns the exit code."""
     options, folder = ready.options, ready.folder.path
-    console.print(f"Run folder {folder}", highlight=False, soft_wrap=True)
+    console.print(f"Run folder {folder}", soft_wrap=True)
     if options.seed is not None:
         console.print("A seed makes the noise predictable: this run is NOT PRIVATE.", style="bold red")
     try:
         training = _resume(ready) if ready.folder.has_state else _begin(ready, console)
         finished = training is not None and _train(ready, training, console)
     except KeyboardInterrupt:  # the second, which does not wait for the step
-        console.print(f"Interrupted. {_way_on(ready.folder)}", highlight=False, soft_wrap=True)
+        console.print(f"Interrupted. {_way_on(ready.folder)}", soft_wrap=True)
         return INTERRUPTED
     if training is not None:
         write_results(ready.folder, ready.model, training)
     if training is None or not finished:
         write_report(folder)
-        console.print(f"Interrupted. Go on with:\n  dither train --resume {folder}", highlight=False, soft_wrap=True)
+        console.print(f"Interrupted. Go on with:\n  dither train --resume {folder}", soft_wrap=True)
         return INTERRUPTED
     write_samples(ready.folder.samples, ready.folder.images, ready.model, options.recipe, training.ema)
-    console.print(f"Spent epsilon {training.epsilon():.3f} at delta {training.delta:g}.", highlight=False)
-    console.print(f"Samples {ready.folder.samples}", highlight=False, soft_wrap=True)
-    console.print(f"Certificate {ready.folder.certificate}", highlight=False, soft_wrap=True)
-    console.print(f"Report {write_report(folder)}", highlight=False, soft_wrap=True)
+    console.print(f"Spent epsilon {training.epsilon():.3f} at delta {training.delta:g}.")
+    console.print(f"Samples {ready.folder.samples}", soft_wrap=True)
+    console.print(f"Certificate {ready.folder.certificate}", soft_wrap=True)
+    console.print(f"Report {write_report(folder)}", soft_wrap=True)
     example = f"dither sample {folder} --label {_last_class(ready.folder)} --count 16"
-    console.print(f"More:\n  {example}", highlight=False, soft_wrap=True)
+    console.print(f"More:\n  {example}", soft_wrap=True)
     return 0
 
 
@@ -135,7 +135,6 @@ def _warn_of_delta(delta: float, size: int, console: Console) -> None:
         console.print(
             f"{warning} Choose a smaller --privacy.delta, by a factor of ten where you can.",
             style="bold red",
-            highlight=False,
             soft_wrap=True,
         )
 

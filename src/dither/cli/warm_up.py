@@ -108,9 +108,7 @@ def release(options: Options, folder: RunFolder, data: ImageData, console: Conso
     found.save(file)
     if images.latents is None:
         save_grid(shown, labels, file.with_suffix(".png"))
-    console.print(
-        f"Warm-up: a noisy {said} of each class is released, at noise {event.noise_multiplier:.3g}.", highlight=False
-    )
+    console.print(f"Warm-up: a noisy {said} of each class is released, at noise {event.noise_multiplier:.3g}.")
     return found
 
 
