@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import dither
 from dither.cli.main import COMMANDS, main
 from dither.errors import ConfigurationError
+
+BASELINE = Path(__file__).parents[2] / "benchmarks" / "baseline.json"
 
 
 def test_help_names_every_command(capsys):
@@ -48,6 +52,15 @@ def test_as_a_process_without_traceback():
     assert done.stdout == ""
     assert "Fix:" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_reader_that_leaves_is_no_error():
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as output:
+        command = [sys.executable, "-m", "dither", "bench", "--load", str(BASELINE)]
+        done = subprocess.run(command, stdout=output, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 def test_missing_package_is_named(failure, monkeypatch):

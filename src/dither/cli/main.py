@@ -1,13 +1,14 @@
 """The `dither` command: finds the subcommand, and turns errors into messages and exit codes.
 
 Exit codes: 0 done; 1 `dither verify` refused, or found a model not exact, or `dither bench` one that became slower, or
-`dither certificate check` a claim that does not hold; 2
-something in the request cannot work (message and fix on stderr); 130 interrupted, resumable.
+`dither certificate check` a claim that does not hold; 2 something in the request cannot work (message and fix on
+stderr); 130 interrupted, resumable; 141 whoever read the output left (`| head`).
 """
 
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -83,7 +84,10 @@ def _run(command: str, words: list[str], debug: bool) -> int:
     from dither.errors import DitherError
 
     try:
-        return int(importlib.import_module(f"dither.cli.{command}").run(words))
+        try:
+            return int(importlib.import_module(f"dither.cli.{command}").run(words))
+        finally:
+            sys.stdout.flush()
     except DitherError as error:
         if debug:
             raise
@@ -96,6 +100,9 @@ def _run(command: str, words: list[str], debug: bool) -> int:
             f"the package {missing} is not installed", f"pip install {missing}, or pip install 'dither[cli]'"
         )
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and command != "train":
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is flushed into it at exit
+            return 141
         if debug:
             raise
         return _complain(
