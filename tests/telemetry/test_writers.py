@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 
 import pytest
 
@@ -14,7 +15,7 @@ CONFIG = {"privacy": {"steps": 6}, "seed": None}
 
 
 def session(run, telemetry, first, last, offset=0.0):
-    with Writers(run, telemetry, done=first - 1, config=CONFIG) as writers:
+    with Writers(run, telemetry, done=first - 1, config=CONFIG, say=pytest.fail) as writers:
         for step in range(first, last + 1):
             writers.log(step, {EPSILON: 0.5 * step, LOSS: 1.0 / step + offset, SECONDS: 0.25})
 
@@ -43,6 +44,17 @@ def test_mlflow(tmp_path):
     logged = {metric.step: metric.value for metric in client.get_metric_history(found.info.run_id, LOSS)}
     assert len(client.get_metric_history(found.info.run_id, LOSS)) == 6
     assert logged[6] == pytest.approx(10 + 1 / 6) and logged[4] == pytest.approx(0.25)
+
+
+def test_a_service_that_fails_ends_nothing(tmp_path):
+    said = []
+    with Writers(tmp_path, Telemetry(mlflow=True), done=0, config=CONFIG, say=said.append) as writers:
+        writers.log(1, {EPSILON: 0.5})
+        shutil.rmtree(tmp_path / "mlruns")
+        writers.log(2, {EPSILON: 1.0})
+        writers.log(3, {EPSILON: 1.5})
+    assert [step for step, _ in read_curves(tmp_path / "tensorboard")[EPSILON]] == [1, 2, 3]
+    assert len(said) == 1 and said[0].startswith("MLflow fails")
 
 
 def test_mlflow_without_values_that_are_not_private(tmp_path):

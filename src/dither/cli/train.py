@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -235,9 +236,10 @@ def _train(ready: Run, training: PrivateTraining, console: Console) -> bool:
     spent = training.epsilon() if done else 0.0
     drawn_after = grid_steps(steps, options.telemetry.samples)
     last_save = time.monotonic()
+    warn = partial(console.print, style="bold red", soft_wrap=True)
     with (
         StopRequest() as stop,
-        Writers(folder.path, options.telemetry, done=done, config=yaml.safe_load(options.text)) as writers,
+        Writers(folder.path, options.telemetry, done=done, config=yaml.safe_load(options.text), say=warn) as writers,
         TrainingProgress(steps, options.privacy.expected_batch_size, done, spent, console) as progress,
     ):
         began = time.perf_counter()

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
-from dither.errors import MissingPackageError
+from dither.errors import MissingPackageError, reason_of
 from dither.telemetry.names import EPSILON, is_private
 
 
@@ -137,16 +137,21 @@ class MLflow:
 class Writers:
     """All writers of a session; a context that closes them.
 
+    A service that fails while the run trains gets no more values; the run goes on, and so does TensorBoard.
+
     Args:
         run: the run folder.
         telemetry: what was asked for.
         done: steps before this session.
         config: the options of the run.
+        say: told, once, of a service that fails.
     """
 
-    def __init__(self, run: Path, telemetry: Telemetry, *, done: int, config: Mapping[str, Any]) -> None:
+    def __init__(
+        self, run: Path, telemetry: Telemetry, *, done: int, config: Mapping[str, Any], say: Callable[[str], None]
+    ) -> None:
         self._elsewhere: list[Writer] = []
-        self._non_private = telemetry.non_private
+        self._non_private, self._say = telemetry.non_private, say
         if telemetry.wandb:
             self._elsewhere.append(WeightsAndBiases(run, telemetry.project, config))
         if telemetry.mlflow:
@@ -159,15 +164,22 @@ class Writers:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for writer in (self._log, *self._elsewhere):
-            writer.close()
+        self._log.close()
+        self._to_services(lambda writer: writer.close())
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Write the values of a completed step, counted from 1."""
         self._log.log(step, values)
         sent = {name: value for name, value in values.items() if self._non_private or is_private(name)}
-        for writer in self._elsewhere:
-            writer.log(step, sent)
+        self._to_services(lambda writer: writer.log(step, sent))
+
+    def _to_services(self, give: Callable[[Writer], None]) -> None:
+        for writer in list(self._elsewhere):
+            try:
+                give(writer)
+            except Exception as error:  # whatever a service's client raises, private steps are worth more
+                self._elsewhere.remove(writer)
+                self._say(f"{type(writer).__name__} fails, and gets no more of this session: {reason_of(error)}")
 
 
 def check_installed(telemetry: Telemetry) -> None:
