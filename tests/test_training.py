@@ -211,6 +211,19 @@ def test_a_poisoned_example_is_dropped_and_counted():
     assert step.dropped == 1 and math.isfinite(step.loss) and weights(net).isfinite().all()
 
 
+def test_weights_that_are_not_finite_end_the_run_before_more_is_spent(tmp_path):
+    training = make(optimizer=lambda p: torch.optim.SGD(p, lr=1e38), max_grad_norm=1e3, ema_decay=0.9)
+    training.save(tmp_path)
+    with pytest.raises(errors.DivergedError, match="after step 1"):
+        list(training)
+    assert training.ledger.steps == 1  # its noisy sum was released to the optimizer
+    assert all(tensor.isfinite().all() for tensor in training.ema.values())
+    net = model()
+    assert (
+        PrivateTraining.resume(tmp_path, net, torch.optim.SGD(net.parameters(), lr=1.0), dataset(), loss_fn).index == 0
+    )
+
+
 def test_bad_arguments_are_named_before_any_work():
     for options, error in (
         ({"epsilon": 1.0}, errors.ConfigurationError),

@@ -135,5 +135,9 @@ class NestedRecorderError(CaptureError):
 # --- private training ------------------------------------------------------------------------
 
 
+class DivergedError(DitherError):
+    """A step left weights that are not finite; nothing can be learned from there."""
+
+
 class LedgerError(DitherError):
     """The ledger and the run disagree."""

@@ -27,7 +27,7 @@ from dither.clipping.clipped_sum import clipped_sum
 from dither.clipping.functions import clipping_function
 from dither.clipping.machine import builtin_rates
 from dither.clipping.plan import check_strategy
-from dither.errors import ConfigurationError, LedgerError, LossShapeError, MemoryBudgetError
+from dither.errors import ConfigurationError, DivergedError, LedgerError, LossShapeError, MemoryBudgetError
 from dither.first_batches import COMPARED, FirstBatches
 from dither.microbatches import MicrobatchSize
 from dither.noise import GaussianNoise, check_seed, torch_seed
@@ -210,6 +210,7 @@ class PrivateTraining:
         Raises:
             LedgerError: the planned steps are done.
             CaptureError: the gradients could not be proved exact; nothing was released.
+            DivergedError: the weights are not finite any more. The step counts; the optimizer had its noisy sum.
         """
         index = self.index
         if index >= self.steps:
@@ -229,6 +230,7 @@ class PrivateTraining:
         for name, parameter in self.parameters.items():
             parameter.grad = self._sums[name]
         self.optimizer.step()
+        self._check_weights()
         if self.scheduler is not None:
             self.scheduler.step()
         self._update_ema()
@@ -284,6 +286,14 @@ class PrivateTraining:
 
         self.first_batches.compare(self.model, losses_of_a_batch, len(chosen), self._engine["strategy"], self.index)
         return True
+
+    def _check_weights(self) -> None:
+        largest = torch._foreach_norm([p.detach() for p in self.parameters.values() if p.numel()], float("inf"))
+        if not bool(torch.stack([norm.double() for norm in largest]).isfinite().all()):
+            raise DivergedError(
+                f"The weights are not finite after step {self.index}: more would spend epsilon and learn nothing.",
+                fix="choose a smaller learning rate; what was saved before is as it was",
+            )
 
     def _update_ema(self) -> None:
         if self.ema is None or self.ema_decay is None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 
 import numpy
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from dither.cli.main import main
 from dither.data import read_images
@@ -117,6 +119,16 @@ def test_bad_option_is_named(words, named, failure, finished_run, tmp_path, monk
     monkeypatch.chdir(tmp_path)
     assert named in failure("sample", finished_run, *words)
     assert not any(tmp_path.iterdir())
+
+
+def test_a_run_that_has_diverged(failure, finished_run, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished_run, run)
+    weights = load_file(run / "ema.safetensors")
+    save_file({name: torch.full_like(tensor, math.inf) for name, tensor in weights.items()}, run / "ema.safetensors")
+    images = tmp_path / "images.npz"
+    assert "diverged" in failure("sample", run, "--count", 1, "--npz", images) and not images.exists()
+    assert "diverged" in failure("evaluate", run, "--count", 2)
 
 
 def test_what_is_no_run(failure, finished_run, tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ from dither.cli.models import run_model
 from dither.cli.reading import read_run_options
 from dither.cli.results import load
 from dither.cli.run_folder import RunFolder
+from dither.errors import RunFolderError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,7 +50,7 @@ def draw(
         Images (N, C, H, W).
 
     Raises:
-        RunFolderError: the run is not complete, or damaged.
+        RunFolderError: the run is not complete, damaged, or has diverged: its images are not finite.
         ConfigurationError: a setting that cannot work.
     """
     options = read_run_options(folder.config)
@@ -63,7 +64,7 @@ def draw(
     load(model, tensors)
     with _bar(console) as bar:
         task = bar.add_task(f"drawing {len(labels)} images", total=None)
-        return sample(
+        drawn = sample(
             model,
             labels,
             process=build_process(recipe),
@@ -76,6 +77,12 @@ def draw(
             batch_size=batch_size,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
+    if not bool(drawn.isfinite().all()):
+        raise RunFolderError(
+            f"images drawn from {folder.path} are not finite: its training has diverged",
+            fix="train again with a smaller --recipe.learning_rate",
+        )
+    return drawn
 
 
 def _bar(console: Console) -> Progress:

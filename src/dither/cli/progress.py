@@ -15,10 +15,15 @@ if TYPE_CHECKING:
 
 SECONDS_BETWEEN_LINES = 15.0
 RECENT_STEPS = 20
+ALL_LEFT_OUT = (
+    "Every image of a step was left out, for its gradient is not finite (non-private): steps now spend epsilon and "
+    "learn nothing. Stop with Ctrl-C, and choose a smaller --recipe.learning_rate."
+)
 
 
 class TrainingProgress:
-    """Shows step and epsilon spent; and, marked as not private, time left, images a second and the clip fraction.
+    """Shows step and epsilon spent; and, marked as not private, time left, images a second, the clip fraction, and
+    images left out.
 
     How long a step takes tells how large its batch was.
 
@@ -42,6 +47,7 @@ class TrainingProgress:
         self._steps, self._expected, self._first = steps, expected_batch_size, done + 1
         self._start = self._last_line = time.monotonic()
         self._recent: deque[float] = deque(maxlen=RECENT_STEPS)
+        self._warned = False
         self._bar = Progress(
             TextColumn("step {task.completed}/{task.total}"),
             BarColumn(bar_width=20),
@@ -69,7 +75,11 @@ class TrainingProgress:
         self._recent.append(seconds)
         speed = self._expected * len(self._recent) / max(sum(self._recent), 1e-9)
         clipped = f"clip fraction {step.clip_fraction:.2f}" if step.batch_size else "empty batch"
-        more = f"{speed:,.0f} images/s, {clipped} (non-private)"
+        left_out = f", {step.dropped} left out" if step.dropped else ""
+        more = f"{speed:,.0f} images/s, {clipped}{left_out} (non-private)"
+        if not self._warned and 0 < step.batch_size == step.dropped:
+            self._warned = True
+            self._console.print(ALL_LEFT_OUT, style="bold red", highlight=False, soft_wrap=True)
         self._bar.update(self._task, completed=step.index, epsilon=step.epsilon, more=more)
         now = time.monotonic()
         due = now - self._last_line >= SECONDS_BETWEEN_LINES or step.index in (self._first, self._steps)
