@@ -242,6 +242,21 @@ def test_a_parameter_unfrozen_and_a_layer_added_after_wrapping():
     assert oracle.relative_error(samples(wrapped), truth) <= 1e-10
 
 
+def test_a_frozen_parameter_takes_no_step_with_an_old_gradient():
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), torch.randn(4, 3)
+    model(x).square().sum().backward()
+    model[0].requires_grad_(False)
+    before = copy.deepcopy(model.state_dict())
+    wrapped = GradSampleModule(model)
+    optimizer = DPOptimizer(
+        torch.optim.SGD(wrapped.parameters(), lr=1.0), noise_multiplier=1.0, max_grad_norm=0.1, expected_batch_size=4
+    )
+    wrapped(x).square().sum(1).mean().backward()
+    optimizer.step()
+    moved = [name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])]
+    assert moved == ["1.weight", "1.bias"]
+
+
 def test_an_example_that_is_not_finite_is_left_out():
     model, x = nn.Linear(3, 2), torch.randn(4, 3)
     bad = torch.cat([x, torch.full((1, 3), float("nan"))])

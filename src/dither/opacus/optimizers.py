@@ -31,6 +31,14 @@ class DPOptimizer(stock.DPOptimizer):
     bound_of_the_sum = 0.0
     """The largest bound of what was summed since the last noise."""
 
+    def pre_step(self, closure: Any = None) -> Any:
+        """As Opacus's; a frozen parameter with an old gradient, which nobody clipped, takes no step with it."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if not parameter.requires_grad:
+                    parameter.grad = None
+        return super().pre_step(closure)
+
     def clip_and_accumulate(self) -> None:
         """Add the sum over examples of clipped gradients to every `summed_grad`.
 
