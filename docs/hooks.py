@@ -22,7 +22,16 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parent.parent
 AT_ROOT = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
-MODULES = ("dither", "dither.opacus", "dither.diffusion", "dither.data", "dither.release")
+MODULES = (
+    "dither",
+    "dither.opacus",
+    "dither.diffusion",
+    "dither.data",
+    "dither.release",
+    "dither.accounting",
+    "dither.adam",
+    "dither.errors",
+)
 WIDTH = 100
 """Columns of the commands' help: as wide as a page."""
 
@@ -104,10 +113,14 @@ def notebook_page(notebook: Path) -> str:
 
 
 def api_page(module: str) -> str:
-    """One entry for each public name of a module; what is another library's own is only named."""
+    """One entry for each public name of a module; what is another library's own is only named.
+
+    Without `__all__` its own classes are public.
+    """
     found = importlib.import_module(module)
+    own = [name for name, value in vars(found).items() if isinstance(value, type) and value.__module__ == module]
     ours, theirs, constants = [], [], []
-    for name in found.__all__:
+    for name in getattr(found, "__all__", own):
         home = getattr(getattr(found, name), "__module__", None)
         (constants if home is None else ours if home.startswith("dither") else theirs).append(name)
     parts = [f"# {module}", "", str(found.__doc__).strip(), ""]

@@ -42,7 +42,7 @@ def test_modes(mode, layout, checkpoint, tmp_path):
     words = [*QUICK, f"--finetune.from={source}", f"--finetune.mode={mode}", "--finetune.rank=2"]
     assert main(["train", *words, f"--output={output}"]) == 0
     said = facts(output)
-    assert said["checkpoint"]["path"] == str(source)
+    assert said["checkpoint"]["path"] == source.name
     if source.is_file():
         assert said["checkpoint"]["sha256"] == {"dit.pt": hashlib.sha256(source.read_bytes()).hexdigest()}
     names = said["fine_tuning"]["parameters"]

@@ -132,6 +132,14 @@ def test_without_label_dropout_no_row_is_needed(users_models, failure, tmp_path)
     assert "guidance" in failure("sample", output, "--guidance=2", f"--output={tmp_path / 'grid.png'}")
 
 
+def test_a_sampler_that_the_model_cannot_follow_is_named(users_models, failure, tmp_path):
+    output = tmp_path / "run"
+    words = [f"--model={users_models}.Tabled", "--recipe.prediction=flow", "--recipe.sampler=dpm-solver++"]
+    assert main(["train", *QUICK, *words, f"--output={output}"]) == 0
+    said = failure("sample", output, "--count=1", "--sampler=euler", f"--output={tmp_path / 'grid.png'}")
+    assert "timesteps between whole numbers" in said
+
+
 def test_only_a_dit_is_exported(users_models, failure, tmp_path):
     output = tmp_path / "run"
     assert main(["train", *QUICK, f"--model={users_models}.Net", f"--output={output}"]) == 0

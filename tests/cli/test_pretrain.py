@@ -51,13 +51,13 @@ def test_a_data_set_with_the_same_classes(public, tmp_path, capsys):
     said = certificate(output)
     assert said["private"] is True and said["steps_done"] == 2
     facts = said["public"]["pretraining"]
-    assert (facts["path"], facts["examples"], facts["steps"], facts["labels"]) == (str(public), 100, 3, True)
+    assert (facts["path"], facts["examples"], facts["steps"], facts["labels"]) == (public.name, 100, 3, True)
     assert facts["sha256"] == hashlib.sha256(public.read_bytes()).hexdigest()
     assert said["public"]["fine_tuning"]["mode"] == "full"
     assert not (output / "beginning.pt").exists()
     capsys.readouterr()
     assert main(["certificate", "check", str(output)]) == 0
-    assert f"The 100 examples of {public} are taken as public" in capsys.readouterr().out
+    assert f"The 100 examples of {public.name} are taken as public" in capsys.readouterr().out
     assert "Public steps, without noise" in (output / "report.html").read_text()
     raw, ema = (RunFolder.open(output).load_weights(name) for name in ("model", "ema"))
     assert raw["final_layer.linear.bias"].abs().max() > 0.05

@@ -94,7 +94,8 @@ def test_an_understated_score_is_not_believed(copy):
     assert f"epsilon {spent:.6f}" in said and "0.1000" not in said
 
 
-def test_an_evaluation_that_is_no_json(copy, capsys):
-    (copy / "evaluation.json").write_text("{")
+@pytest.mark.parametrize("content", ["{", "[1]"])
+def test_an_evaluation_that_is_damaged(content, copy, capsys):
+    (copy / "evaluation.json").write_text(content)
     assert main(["certificate", "check", str(copy)]) == 2
     assert "evaluation.json is damaged" in capsys.readouterr().err

@@ -80,7 +80,9 @@ def _evaluation(run: Path) -> Mapping[str, Any] | None:
     if not file.is_file():
         return None
     try:
-        found: Mapping[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        found = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("it is not a mapping")
         return found
     except (OSError, ValueError) as error:
         raise CertificateError(f"{file} is damaged: {error}", fix="restore it from a copy") from error

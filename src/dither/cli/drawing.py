@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -54,13 +55,13 @@ def draw(
         ConfigurationError: a setting that cannot work.
     """
     options = read_run_options(folder.config)
-    recipe = options.recipe
+    recipe = options.recipe if sampler is None else replace(options.recipe, sampler=sampler)
     tensors = folder.load_weights("ema" if weights == "ema" else "model")
 
     from dither.diffusion.recipe import build_process
     from dither.diffusion.sampling import sample
 
-    model = run_model(folder, options)
+    model = run_model(folder, replace(options, recipe=recipe))
     load(model, tensors)
     with _bar(console) as bar:
         task = bar.add_task(f"drawing {len(labels)} images", total=None)
@@ -68,7 +69,7 @@ def draw(
             model,
             labels,
             process=build_process(recipe),
-            sampler=sampler or recipe.sampler,
+            sampler=recipe.sampler,
             steps=recipe.sampler_steps if steps is None else steps,
             guidance=recipe.guidance if guidance is None else guidance,
             churn=churn,

@@ -47,8 +47,16 @@ def add_facts(folder: RunFolder, name: str, facts: Mapping[str, Any]) -> None:
 
 
 def certificate_part(folder: RunFolder) -> dict[str, Any]:
-    """What the certificate says of public data; nothing if a run has none."""
+    """What the certificate says of public data; nothing if a run has none.
+
+    A certificate is handed out, and folders name people and machines: of a path it has the last name.
+    """
+    from dither.data.reading import HUB
+
     facts = read_facts(folder, PUBLIC)
+    for name in ("checkpoint", "pretraining"):
+        if (source := facts.get(name)) and not source["path"].startswith(HUB):
+            source["path"] = Path(source["path"]).name
     return {"public": facts} if facts else {}
 
 

@@ -78,7 +78,7 @@ class LabelledModel(nn.Module):
         label = f", where label {self.num_classes} means 'no label'" if self.hides_labels else ""
         fix = f"forward(x, t, y) predicts {tuple(x.shape)} from x {tuple(x.shape)}, t (2,), y (2,){label}"
         if t.is_floating_point():
-            fix = "take timesteps between whole numbers, which the sampler euler has, or --recipe.sampler dpm-solver++"
+            fix = "take timesteps between whole numbers, which the sampler euler has, or sample by dpm-solver++"
         try:
             with torch.random.fork_rng(devices=[]), evaluating(self):
                 out = self(x, t, y, drop_label=hidden)
