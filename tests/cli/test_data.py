@@ -82,8 +82,15 @@ def test_encode_train_and_decode(vae, tmp_path, capsys, failure):
     moved = json.loads((run / "run.json").read_text())
     moved["images"]["latents"]["vae"] = str(tmp_path / "gone")
     (run / "run.json").write_text(json.dumps(moved))
-    assert main(["sample", str(run), "--count=1", "--steps=2", f"--output={tmp_path / 'b.png'}"]) == 0
+    short = ["--count=1", "--steps=2"]
+    assert main(["sample", str(run), *short, f"--output={tmp_path / 'b.png'}"]) == 0
+    assert "latents are drawn, not images" in capsys.readouterr().out
     assert (tmp_path / "a.png").read_bytes() != (tmp_path / "b.png").read_bytes()
+    assert "--vae" in failure("sample", run, *short, f"--folder={tmp_path / 'images'}")
+    there = ["--folder", str(tmp_path / "images"), f"--vae={vae}"]
+    assert main(["sample", str(run), *short, *there]) == 0
+    assert (tmp_path / "images" / "apple" / "00000.png").is_file()
+    assert "no config.json" in failure("sample", run, *short, f"--vae={tmp_path}")
 
 
 @pytest.mark.parametrize(

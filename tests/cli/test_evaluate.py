@@ -96,6 +96,51 @@ def test_options_of_the_data_without_a_path_are_about_the_runs_own(tmp_path):
     assert list(found["accuracy_on_held_out_images"]["CNN"]) == ["all", "class 0", "class 1", "class 2"]
 
 
+def test_the_held_out_part_has_the_training_classes_and_shape(tmp_path):
+    """A class without held-out images, and held-out images of another size and in colour, change no label."""
+    images, labels = digits()[0].tensors
+    names = ["cat", "dog", "fox"]
+    root, held_out = tmp_path / "zoo", {1: "dog", 2: "fox"}
+    for label, name in enumerate(names):
+        for part, size, mode in (("train", 8, "L"), ("test", 16, "RGB")):
+            if part == "test" and label not in held_out:
+                continue
+            (root / part / name).mkdir(parents=True)
+            for number, image in enumerate(images[labels == label][:40]):
+                pixels = ((image[0] + 1) * 127.5).round().to(torch.uint8).numpy()
+                picture = Image.fromarray(pixels).resize((size, size)).convert(mode)
+                picture.save(root / part / name / f"{number}.png")
+    few = labels < 3
+    np.savez(tmp_path / "drawn.npz", images=images[few].numpy(), labels=labels[few].numpy(), class_names=names)
+    words = [str(tmp_path / "drawn.npz"), f"--data.path={root}", "--classifiers=logistic regression"]
+    assert main(["evaluate", *words, f"--output={tmp_path / 'out'}"]) == 0
+    text = (tmp_path / "out" / "evaluation.json").read_text()
+    found = json.loads(text)["accuracy_on_held_out_images"]["logistic regression"]
+    assert found["class cat"]["value"] is None and found["all"]["value"] > 0.9
+
+
+def test_samples_are_labelled_by_the_names_of_their_classes(tmp_path, failure):
+    images, labels = digits()[1].tensors
+    names = list("abcdefghij")
+    real, drawn, other = tmp_path / "real.npz", tmp_path / "drawn.npz", tmp_path / "other.npz"
+    np.savez(real, images=images.numpy(), labels=labels.numpy(), class_names=names)
+    np.savez(drawn, images=images.numpy(), labels=(9 - labels).numpy(), class_names=names[::-1])
+    np.savez(other, images=images.numpy(), labels=labels.numpy(), class_names=[*names[:-1], "z"])
+    held_out = tmp_path / "held-out.npz"
+    shutil.copy(real, held_out)
+    words = [f"--data.path={real}", f"--held_out={held_out}", "--classifiers=logistic regression"]
+    assert main(["evaluate", str(drawn), *words, f"--output={tmp_path / 'out'}"]) == 0
+    found = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert found["accuracy_on_held_out_images"]["logistic regression"]["all"]["value"] > 0.9  # exchanged: below 0.1
+    assert "the class 'z'" in failure("evaluate", other, *words, f"--output={tmp_path / 'a'}")
+
+
+def test_more_real_images_than_there_is_memory_for(samples, tmp_path, failure, monkeypatch):
+    monkeypatch.setattr("dither.clipping.machine.free_memory", lambda device: 1e5)
+    said = failure("evaluate", samples, f"--output={tmp_path / 'out'}")
+    assert "GiB of memory" in said and not (tmp_path / "out").exists()
+
+
 def test_latents_are_refused_before_their_held_out_part_is_looked_for(samples, failure, tmp_path):
     file = tmp_path / "latents.safetensors"
     save_latents(file, torch.randn(4, 4, 2, 2), torch.arange(4), Latents("vae", 1.0), ("a", "b", "c", "d"))

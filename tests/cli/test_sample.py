@@ -105,6 +105,8 @@ def test_raw_weights_differ_from_ema(finished_run, tmp_path):
         (["--sampler", "euler"], "not for prediction"),
         (["--sampler", "ddim", "--s_churn", "1"], "has no churn"),
         (["--sampler", "edm", "--s_churn", "-1"], "s_churn -1"),
+        (["--sampler", "edm", "--s_min", "3", "--s_max", "2"], "s_max 2"),
+        (["--vae", "nowhere"], "nothing has to decode"),
         (["--batch_size", "0"], "batch_size 0"),
         (["--folder", "/nowhere/x"], "/nowhere/x"),
         (["--steps", "0"], "steps 0"),
@@ -119,6 +121,12 @@ def test_bad_option_is_named(words, named, failure, finished_run, tmp_path, monk
     monkeypatch.chdir(tmp_path)
     assert named in failure("sample", finished_run, *words)
     assert not any(tmp_path.iterdir())
+
+
+def test_nothing_is_drawn_for_a_picture_that_cannot_be_named(failure, finished_run, tmp_path, monkeypatch):
+    monkeypatch.setattr("dither.cli.sample.draw", pytest.fail)
+    words = ["--npz", tmp_path / "many.npz", "--output", tmp_path / "grid"]
+    assert "grid.png" in failure("sample", finished_run, *words)
 
 
 def test_a_run_that_has_diverged(failure, finished_run, tmp_path):

@@ -70,6 +70,15 @@ def test_train_and_test_subfolders_are_splits(tmp_path):
         read_images(tmp_path / "train", split="held-out")
 
 
+def test_held_out_images_are_not_trained_as_a_class(tmp_path):
+    class_folders(tmp_path, {"cat": 2, "dog": 1})
+    class_folders(tmp_path / "test", {"cat": 1, "dog": 1})
+    with pytest.raises(DataError, match="has test with folders in it, and no train"):
+        read_images(tmp_path)
+    named = read_images(tmp_path, class_names=["cat", "dog", "test"])
+    assert named.labels.tolist() == [0, 0, 1, 2, 2]
+
+
 def test_broken_images_are_counted_and_named(tmp_path):
     root = class_folders(tmp_path, {"cat": 4, "dog": 3})
     whole = (root / "cat" / "1.png").read_bytes()
@@ -89,12 +98,12 @@ def test_broken_images_are_counted_and_named(tmp_path):
 
 
 def test_long_lists_are_cut_and_nothing_left_is_refused(tmp_path):
-    root = class_folders(tmp_path, {"cat": 14})
+    root = class_folders(tmp_path, {"cat": 104})
     for file in (root / "cat").iterdir():
         file.write_bytes(b"")
     with pytest.raises(BrokenImagesError, match="and 4 more"):
         read_images(root)
-    with pytest.raises(BrokenImagesError, match="14 of 14"):
+    with pytest.raises(BrokenImagesError, match="104 of 104"):
         read_images(root, skip_broken=True)
 
 

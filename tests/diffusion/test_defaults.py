@@ -38,6 +38,9 @@ def test_a_u_net_over_mixtures_where_classes_have_images_enough():
     for chosen in (few, latents, odd):
         assert "model" not in chosen and chosen.get("warm_up.kind") != "mixtures"
     assert all(one.reason for one in choose(60_000, 10, 28, 1, False))
+    wide, grey = _of(500, 10, 64, 3, False), _of(500, 10, 64, 1, False)  # 192 and 64 entries in a token of 64
+    assert wide["recipe.prediction"] == latents["recipe.prediction"] == "sample"
+    assert "recipe.prediction" not in grey
 
 
 @pytest.mark.parametrize("side", [4, 8, 11, 12, 20, 24, 27, 28, 32, 40, 48, 64, 72, 96, 128])

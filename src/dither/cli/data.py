@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from dither.data import ImageData
     from dither.data.sources import Split
 
-_SHOWN = 5
+_SHOWN = 20
 
 
 def read_data(options: Data, console: Console | None = None, split: Split = "train") -> ImageData:
@@ -114,9 +114,14 @@ def pictures(drawn: Tensor, images: Images) -> Tensor:
     """
     from dither.data.autoencoder import Autoencoder
 
-    if images.latents is None or not Path(images.latents["vae"]).is_dir():
+    if images.latents is None or stays_latent(images):
         return drawn
     return Autoencoder(Path(images.latents["vae"])).decode(drawn.cpu())
+
+
+def stays_latent(images: Images) -> bool:
+    """Whether the run draws latents whose autoencoder is not where it was."""
+    return images.latents is not None and not Path(images.latents["vae"]).is_dir()
 
 
 def fit_patches(recipe: Recipe, images: Images, console: Console) -> dict[str, int]:
@@ -125,9 +130,9 @@ def fit_patches(recipe: Recipe, images: Images, console: Console) -> dict[str, i
     Raises:
         ConfigurationError: the user's patch size does not divide the side, or no size from 2 to the model's does.
     """
-    from dither.diffusion.dit import preset_patch_size
+    from dither.diffusion.dit import preset
 
-    side, own = images.input_size, preset_patch_size(recipe.model)
+    side, own = images.input_size, preset(recipe.model).get("patch_size")
     patch = own if recipe.patch_size is None else recipe.patch_size
     if patch is None or side % patch == 0:  # without a patch, no such model: building it says so
         return {}

@@ -13,6 +13,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 from rich.console import Console
 from rich.table import Table
 
+from dither.cli.classes import labels_among
 from dither.cli.data import pictures, read_data
 from dither.cli.figures import figures
 from dither.cli.held_out import read_held_out
@@ -182,21 +183,55 @@ def _real(options: Namespace, folder: RunFolder | None, console: Console) -> tup
     training = read_data(data, console)
     if training.latents is not None:
         raise DataError(f"{data.path} holds latents", fix="give the images that they are of: --data.path")
-    return training, read_held_out(options.held_out, data, training, console)
+    held_out = read_held_out(options.held_out, data, training, console)
+    _check_memory(training, held_out)
+    return training, held_out
+
+
+def _check_memory(*parts: ImageData) -> None:
+    """Refuse, before anything is drawn, more real images than there is room for: all of them are compared at once.
+
+    Raises:
+        ConfigurationError: with the numbers.
+    """
+    import torch
+
+    from dither.clipping.machine import free_memory
+
+    needed = sum(4.0 * len(part) * part.channels * part.image_size**2 for part in parts)  # float32
+    free = free_memory(torch.device("cpu"))
+    if needed > free:
+        raise ConfigurationError(
+            f"the real images take {needed / 2**30:.1f} GiB of memory, and {free / 2**30:.1f} GiB are free",
+            fix="evaluate smaller pictures, --data.image_size, or a part of the data set, --data.path",
+        )
 
 
 def _generated(
     options: Namespace, folder: RunFolder | None, real: ImageData, console: Console
 ) -> tuple[Tensor, Tensor]:
-    from dither.data import read_images
-
     if folder is None:
-        return read_images(options.source, class_names=real.class_names).batch()
+        samples = _samples(options.source, real)
+        images, labels = samples.batch()
+        return images, labels_among(real.class_names, labels, samples.class_names, options.source)
     from dither.cli.drawing import draw
     from dither.cli.sample import balanced_labels
 
     labels = balanced_labels(None, options.count, folder.images)
-    return pictures(draw(folder, labels, console, seed=options.seed), folder.images), labels
+    theirs = labels_among(real.class_names, labels, folder.images.class_names, folder.path)  # before anything is drawn
+    return pictures(draw(folder, labels, console, seed=options.seed), folder.images), theirs
+
+
+def _samples(source: Path, real: ImageData) -> ImageData:
+    """Samples with the class names that their files state, else with as many numbers as there are real classes."""
+    from dither.data import classes_are_folders, read_images
+
+    if classes_are_folders(source):
+        return read_images(source, class_names=real.class_names)
+    try:
+        return read_images(source)
+    except DataError:
+        return read_images(source, num_classes=real.num_classes)
 
 
 def _show(found: dict[str, Any], console: Console) -> None:

@@ -31,20 +31,18 @@ def read_held_out(path: str | None, data: Data, training: ImageData, console: Co
     """
     from dither.data import classes_are_folders
 
-    if path is None:
-        return read_data(data, console, "held-out")
-    by_name = classes_are_folders(path)  # else labels are numbers, in the order of the names that the files state
-    alike = replace(
-        data,
-        path=path,
-        image_size=training.image_size,
-        channels=1 if training.channels == 1 else 3,
-        class_names=list(training.class_names) if by_name else None,
-        num_classes=None if by_name else training.num_classes,
-    )
+    alike = replace(data, image_size=training.image_size, channels=1 if training.channels == 1 else 3)
+    source = data.path if path is None else path
+    if source is not None and classes_are_folders(source):
+        alike = replace(alike, class_names=list(training.class_names), num_classes=None)
+    elif path is not None:  # labels are numbers, in the order of the names that the files state
+        alike = replace(alike, class_names=None, num_classes=training.num_classes)
+    alike = replace(alike, path=source)
     try:
         found = read_data(alike, console, "held-out")
     except NoHeldOutPartError:
+        if path is None:
+            raise
         if data.path is not None and _same(path, data.path):
             raise ConfigurationError(
                 f"{path} holds the training images", fix="give images that the model never saw"
@@ -53,7 +51,7 @@ def read_held_out(path: str | None, data: Data, training: ImageData, console: Co
     numbers = tuple(str(label) for label in range(training.num_classes))
     if found.class_names not in (training.class_names, numbers):
         raise DataError(
-            f"the classes of {path} are {', '.join(found.class_names)}; the training images' are "
+            f"the classes of {source} are {', '.join(found.class_names)}; the training images' are "
             f"{', '.join(training.class_names)}",
             fix="give held-out images of the same classes, in the same order",
         )

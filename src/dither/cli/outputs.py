@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from dither.cli.run_folder import check_writable
-from dither.errors import OutputPathError
+from dither.errors import ConfigurationError, OutputPathError
 
 
 def check_new_file(file: Path, overwrite: bool) -> None:
@@ -30,3 +30,15 @@ def check_new_folder(folder: Path) -> None:
     if folder.is_dir() and any(folder.iterdir()):
         raise OutputPathError(f"{folder} is not empty, and dither deletes nothing", fix="empty it, or give another")
     check_writable(folder / "image.png" if folder.is_dir() else folder)
+
+
+def check_picture(file: Path) -> None:
+    """Refuse, before any work, a name by which no kind of picture is known.
+
+    Raises:
+        ConfigurationError: its ending.
+    """
+    from PIL import Image
+
+    if Image.registered_extensions().get(file.suffix.lower()) not in Image.SAVE:
+        raise ConfigurationError(f"{file} does not end as a picture does", fix=f"--output {file.with_suffix('.png')}")

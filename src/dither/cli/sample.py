@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 from rich.console import Console
 
-from dither.cli.data import pictures
+from dither.cli.data import pictures, stays_latent
 from dither.cli.drawing import draw
-from dither.cli.outputs import check_new_file, check_new_folder
+from dither.cli.outputs import check_new_file, check_new_folder, check_picture
 from dither.cli.parsing import Formatter, parse
 from dither.cli.run_folder import Images, RunFolder
 from dither.errors import ConfigurationError
@@ -78,7 +79,15 @@ def sample_parser() -> ArgumentParser:
     )
     parser.add_argument("--steps", type=int | None, default=None, help="denoising steps; by default the run's")
     parser.add_argument("--s_churn", type=float | None, default=None, help="fresh noise of edm, in all; 0 is none")
+    parser.add_argument("--s_min", type=float | None, default=None, help="lowest noise level that edm adds some at")
+    parser.add_argument("--s_max", type=float | None, default=None, help="highest noise level that edm adds some at")
     parser.add_argument("--s_noise", type=float | None, default=None, help="deviation of edm's fresh noise; 1 is exact")
+    parser.add_argument(
+        "--vae",
+        type=Path | None,
+        default=None,
+        help="folder of the autoencoder that decodes latents, if it is no longer where `dither encode` saw it",
+    )
     parser.add_argument("--weights", type=Literal["ema", "raw"], default="ema", help="which weights to draw from")
     parser.add_argument("--seed", type=int | None, default=None, help="the same images again")
     parser.add_argument("--batch_size", type=int, default=256, help="images denoised together; changes no image")
@@ -90,7 +99,7 @@ def run(words: Sequence[str]) -> int:
     options = parse(sample_parser(), words)
     from dither.diffusion.export import check_folder_names
 
-    folder = RunFolder.open(options.run)
+    folder = _decoded_by(options.vae, RunFolder.open(options.run))
     labels = balanced_labels(options.label, options.count, folder.images)
     grid = GRID if options.output is options.folder is options.npz is None else options.output
     if options.npz is not None and options.npz.suffix != ".npz":
@@ -100,10 +109,14 @@ def run(words: Sequence[str]) -> int:
         )
     for file in filter(None, (grid, options.npz)):
         check_new_file(file, options.overwrite)
+    if grid is not None:
+        check_picture(grid)
     if options.folder is not None:
         check_new_folder(options.folder)
         check_folder_names(folder.images.class_names)
     console = Console(markup=False, highlight=False)
+    if stays_latent(folder.images):
+        _tell_of_latents(folder.images, options.folder, console)
     drawn = draw(
         folder,
         labels,
@@ -118,6 +131,36 @@ def run(words: Sequence[str]) -> int:
     )
     _write(drawn, labels, grid, folder.images, options, console)
     return 0
+
+
+def _decoded_by(vae: Path | None, folder: RunFolder) -> RunFolder:
+    """The run with its autoencoder at another place.
+
+    Raises:
+        ConfigurationError: the run draws no latents, or there is no such folder.
+    """
+    if vae is None:
+        return folder
+    if folder.images.latents is None:
+        raise ConfigurationError(f"{folder.path} draws images, which nothing has to decode", fix="leave --vae out")
+    from dither.data.autoencoder import Autoencoder
+
+    Autoencoder(vae)  # refuses what is none before anything is drawn
+    latents = {**folder.images.latents, "vae": str(vae)}
+    return replace(folder, images=replace(folder.images, latents=latents))
+
+
+def _tell_of_latents(images: Images, folder: Path | None, console: Console) -> None:
+    """Say before anything is drawn that it will be no images.
+
+    Raises:
+        ConfigurationError: PNGs of them are asked for.
+    """
+    assert images.latents is not None
+    what = f"the autoencoder is no longer at {images.latents['vae']}, so latents are drawn, not images"
+    if folder is not None:
+        raise ConfigurationError(what, fix="say where it is now: --vae; or write --npz")
+    console.print(f"{what[0].upper()}{what[1:]}. --vae says where it is now.", style="bold red", soft_wrap=True)
 
 
 def balanced_labels(chosen: list[str] | None, count: int, images: Images) -> Tensor:
@@ -143,7 +186,8 @@ def balanced_labels(chosen: list[str] | None, count: int, images: Images) -> Ten
 def _churn(options: Namespace) -> Churn | None:
     from dither.diffusion.edm import Churn
 
-    given = {name: options[name] for name in ("s_churn", "s_noise") if options[name] is not None}
+    names = ("s_churn", "s_min", "s_max", "s_noise")
+    given = {name: options[name] for name in names if options[name] is not None}
     return Churn(**given) if given else None
 
 
@@ -154,17 +198,14 @@ def _write(
     from dither.diffusion.export import save_arrays, save_folder
     from dither.diffusion.grid import first_of_each, save_grid
 
-    said = []
-    if grid is not None:
-        shown = first_of_each(labels, GRID_PER_CLASS)
-        save_grid(pictures(drawn[shown], images), labels[shown], grid)
-        said.append(f"{len(shown)} images in {grid}")
-    if options.folder is not None:
-        written = save_folder(pictures(drawn, images), labels, options.folder, images.class_names or None)
-        said.append(f"{written} PNGs in {options.folder}")
     if options.npz is not None:
         with options.npz.open("wb") as file:  # a file object keeps numpy from appending .npz to the name
             save_arrays(pictures(drawn, images), labels, file, images.class_names or None)
-        said.append(f"arrays in {options.npz}")
-    for line in said:
-        console.print(line, soft_wrap=True)
+        console.print(f"arrays in {options.npz}", soft_wrap=True)
+    if options.folder is not None:
+        written = save_folder(pictures(drawn, images), labels, options.folder, images.class_names or None)
+        console.print(f"{written} PNGs in {options.folder}", soft_wrap=True)
+    if grid is not None:
+        shown = first_of_each(labels, GRID_PER_CLASS)
+        save_grid(pictures(drawn[shown], images), labels[shown], grid)
+        console.print(f"{len(shown)} images in {grid}", soft_wrap=True)

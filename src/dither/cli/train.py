@@ -27,7 +27,7 @@ from dither.cli.progress import TrainingProgress
 from dither.cli.public_data import read_public
 from dither.cli.reading import read_options, with_settings
 from dither.cli.results import grid_steps, write_results, write_samples
-from dither.cli.run_folder import RunFolder, check_unused
+from dither.cli.run_folder import Images, RunFolder, check_unused
 from dither.cli.warm_up import planned_release
 from dither.errors import RunFolderError
 from dither.report import write_report
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 INTERRUPTED = 130
 GRID_PER_CLASS = 4
 GRID_SEED = 0
+_CLASSES_SHOWN = 20
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,8 @@ def _create(options: Options, console: Console, until_done: ExitStack) -> Run:
         check_unused(options.output)
     data = read_data(options.data, console)
     images = images_of(data)
+    if options.data.path is not None:
+        console.print(_classes(images), soft_wrap=True)  # a folder that is no class shows
     options = choose_for_data(options, images, len(data), console)
     _warn_of_delta(options.privacy.delta, len(data), console)
     if options.model == "dit" and options.finetune_from is None:  # a checkpoint has patches of its own
@@ -127,6 +130,12 @@ def _create(options: Options, console: Console, until_done: ExitStack) -> Run:
         folder.discard()
         raise
     return ready if has_beginning(options) else replace(ready, training=training)
+
+
+def _classes(images: Images) -> str:
+    shown = ", ".join(images.class_names[:_CLASSES_SHOWN])
+    more = images.num_classes - _CLASSES_SHOWN
+    return f"{images.num_classes} classes: {shown}{f' and {more} more' if more > 0 else ''}"
 
 
 def _warn_of_delta(delta: float, size: int, console: Console) -> None:

@@ -26,7 +26,7 @@ HELD_BYTES = 2**30
 
 _CHUNK = 256
 _THREADS = 8
-_SHOWN = 10
+_SHOWN = 100
 
 
 @dataclass(frozen=True)

@@ -32,16 +32,28 @@ class Listing:
     left_out: tuple[str, ...]
 
 
-def split_folder(root: Path, split: str) -> Path:
+def split_folder(root: Path, split: str, class_names: Sequence[str] | None = None) -> Path:
     """The part of a folder that holds a split: root itself for "train", unless it has subfolders train and test.
+
+    Args:
+        root: the folder.
+        split: "train" or "held-out".
+        class_names: what the user calls the classes, if anything.
 
     Raises:
         NoHeldOutPartError: the held-out part was asked for, and there is none.
+        DataError: there is a held-out part beside other folders than train, and nobody calls it a class.
     """
     parts = {name: root / name for name in (*TRAIN, *HELD_OUT) if any(_folders(root / name))}
     train = next((parts[name] for name in TRAIN if name in parts), None)
     held_out = next((parts[name] for name in HELD_OUT if name in parts), None)
     if split == "train":
+        if train is None and held_out is not None and held_out.name not in (class_names or ()):
+            raise DataError(
+                f"{root} has {held_out.name} with folders in it, and no {TRAIN[0]}: it would be trained as a class",
+                fix=f"move the class folders for training into {root / TRAIN[0]}, or, if it is a class, name all of "
+                "them: --data.class_names",
+            )
         return train or root
     if train is None or held_out is None:
         raise NoHeldOutPartError(

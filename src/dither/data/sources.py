@@ -86,7 +86,7 @@ def latents_file(path: Path, choices: Choices) -> ImageData:
 
 def image_folder(path: Path, choices: Choices) -> ImageData:
     """A folder with one subfolder per class."""
-    part = split_folder(path, choices.split)
+    part = split_folder(path, choices.split, choices.class_names)
     listing = list_images(part, choices.class_names)
     names = choices.label_set(listing.class_names, path)
     checked = _check_files(

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dither.diffusion.dit import preset
 from dither.diffusion.recipe import Recipe
 
 _LARGEST_BATCH, _PASSES, _FEWEST_STEPS = 4096, 20, 150  # of a DiT
@@ -192,9 +193,13 @@ def _dit(data: _Data, budgeted: bool, batch: float | None, given: Mapping[str, A
         Choice("recipe", "multiplicity", 4, "noise draws of an image within its one clipped gradient"),
         Choice("recipe", "learning_rate", 3e-3, "right for large batches"),
     ]
-    if data.entries <= _ONE_TOKEN and not data.latents and (_OF_A_DIT | {"recipe.prediction"}).isdisjoint(given):
+    untouched = (_OF_A_DIT | {"recipe.prediction"}).isdisjoint(given)
+    narrow = "a token narrower than its patch cannot pass noise through, so the image is predicted"
+    if untouched and (data.latents or data.entries > _ONE_TOKEN):
+        if data.channels * preset(Recipe.model)["patch_size"] ** 2 > preset(Recipe.model)["hidden_size"]:
+            chosen.append(Choice("recipe", "prediction", "sample", narrow))
+    elif untouched:
         whole = "one token an image: the noise spoils few weights, and a step is short"
-        narrow = "a token narrower than its patch cannot pass noise through, so the image is predicted"
         chosen += [
             Choice("recipe", "patch_size", data.side, whole),
             Choice("recipe", "hidden_size", 128, "two blocks of this width"),

@@ -205,10 +205,9 @@ HEADS = {shape["hidden_size"]: shape["num_heads"] for shape in _SIZES.values()}
 """Attention heads of the published sizes, by width."""
 
 
-def preset_patch_size(name: str) -> int | None:
-    """Side of a named model's patches; None if there is no such name."""
-    size: int | None = _PRESETS.get(name, {}).get("patch_size")
-    return size
+def preset(name: str) -> dict[str, Any]:
+    """The arguments of `DiT` that a name stands for; none if there is no such name."""
+    return dict(_PRESETS.get(name, {}))
 
 
 def dit(name: str, **overrides: Any) -> DiT:
