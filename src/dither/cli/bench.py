@@ -88,7 +88,7 @@ def run(words: Sequence[str]) -> int:
     if options.picture is not None:
         _write(lambda: picture.draw(results, options.picture), options.picture)
     if options.page is not None:
-        text = table.page(results, "make bench", _relative(options.picture, options.page))
+        text = table.page(results, "dither bench --page", _relative(options.picture, options.page))
         _write(lambda: options.page.write_text(text), options.page)
     if baseline is None:
         return 0
