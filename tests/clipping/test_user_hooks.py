@@ -82,7 +82,7 @@ def test_a_hook_that_bends_the_gradient_in_one_pass(strategy):
 
 
 def test_a_hook_that_bends_the_gradient_in_two_passes():
-    """The second pass sends weighted losses through it, and each example still moves the sum by the bound at most."""
+    """The second pass sends the losses through it as the first did: each example moves the sum by the bound at most."""
     model, x = hooked(lambda g: g.clamp(-0.01, 0.01), "scaled"), torch.randn(B, 6, 5)
     for i in range(B):
         assert removal_moves(model, lambda k: loss_of(model(x[k])), B, i, 0.01, "two_pass") <= 1 + 1e-9

@@ -370,6 +370,44 @@ def test_two_passes_by_hand_as_in_opacus():
     assert oracle.relative_error(summed, clipped(truth)) <= 1e-10
 
 
+def two_passes_through(hook):
+    """A wrapped pair of layers, with a hook between them; gives the model and the step's backward."""
+    torch.manual_seed(0)
+
+    class Hooked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(3, 4), nn.Linear(4, 2)
+
+        def forward(self, x):
+            h = self.first(x) * 1
+            h.register_hook(hook)
+            return self.last(h)
+
+    model = Hooked()
+    wrapped, _, criterion = private(model, nn.MSELoss(), 4, strategy="two_pass")
+    x, y = torch.randn(4, 5, 3), torch.randn(4, 5, 2)
+    return model, lambda: criterion(wrapped(x), y).backward()
+
+
+def test_two_pass_refuses_a_backward_that_does_not_repeat_itself():
+    model, step = two_passes_through(lambda g: g * (torch.rand(()) < 0.5) * 1e3)
+    refused = 0
+    for _ in range(20):
+        before = {n: p.grad for n, p in model.named_parameters()}
+        try:
+            step()
+        except errors.CoverageError as error:
+            refused += 1
+            assert "second backward pass" in str(error)
+            assert all(p.grad is None or p.grad is before[n] for n, p in model.named_parameters())
+        else:
+            total = sum(float(g.square().sum()) for g in grads(model).values()) ** 0.5
+            assert total <= 4 * C * (1 + 1e-6)
+        model.zero_grad()
+    assert refused >= 2
+
+
 def test_the_smaller_of_two_bounds_is_taken_with_a_warning():
     model, x, y = nn.Linear(3, 2), torch.randn(4, 3), torch.randn(4, 2)
     truth = oracle.per_example_gradients(model, lambda: F.mse_loss(model(x), y, reduction="none").mean(1))
@@ -421,9 +459,11 @@ def test_registered_norm_samplers_are_honoured():
         truth = oracle.per_example_gradients(model, lambda: F.mse_loss(model(x), y, reduction="none").mean(1))
         doubled = {n: g * (2 if n.startswith("1") else 1) for n, g in truth.items()}
         factors = (C / (oracle.norms(doubled) + 1e-6)).clamp(max=1.0)
-        wrapped, _, criterion = private(model, nn.MSELoss(), 4)
-        criterion(wrapped(x.requires_grad_()), y).backward()
         expected = {n: torch.einsum("b,b...->...", factors, g) for n, g in truth.items()}
-        assert oracle.relative_error(grads(model), expected) <= 1e-6  # _norm_sample is kept in the parameter's dtype
+        for strategy in ("auto", "two_pass"):
+            wrapped, _, criterion = private(model, nn.MSELoss(), 4, strategy=strategy)
+            criterion(wrapped(x.requires_grad_()), y).backward()
+            assert oracle.relative_error(grads(model), expected) <= 1e-6  # _norm_sample has the parameter's dtype
+            wrapped.to_standard_module().zero_grad()
     finally:
         del GradSampleModuleFastGradientClipping.NORM_SAMPLERS[Doubled]

@@ -14,6 +14,7 @@ from dither.clipping.functions import clipping_function
 from dither.clipping.gradients import Gradients
 from dither.clipping.plan import Plan, check_strategy
 from dither.clipping.recording import LossFunction, Recording
+from dither.clipping.repeats import Repeats
 from dither.errors import ConfigurationError, ExampleAxisError
 
 
@@ -79,7 +80,8 @@ def clipped_sum(
         MemoryBudgetError: what has to be held takes more than memory_budget.
         LossShapeError: the loss is not of shape (B,).
         CoupledExamplesError: an example's loss depends on another example.
-        CoverageError: a parameter receives gradient around the recorder.
+        CoverageError: a parameter receives gradient around the recorder; or the second pass of "two_pass" does not
+            repeat the first.
         CaptureError: its other kinds, where the result could not be proved exact.
     """
     check_strategy(strategy)
@@ -88,17 +90,17 @@ def clipped_sum(
     _check_rows(recording, rows_per_example)
     sums = _sums(recording.parameters, into)
     gradients = Gradients([recording], strategy, memory_budget)
-    two_pass = strategy == "two_pass"
-    norms = _collect(recording, gradients, two_pass)
-    if two_pass and not gradients.complete:  # rare: what was forgotten is needed after all
-        gradients, two_pass = Gradients([recording], "tile", memory_budget), False
-        norms = _collect(recording, gradients, False)
+    repeats = Repeats() if strategy == "two_pass" else None
+    norms = _collect(recording, gradients, repeats)
+    if repeats is not None and not gradients.complete:  # rare: what was forgotten is needed after all
+        gradients, repeats = Gradients([recording], "tile", memory_budget), None
+        norms = _collect(recording, gradients)
     factors, dropped = clip.factors(norms), None
     if not gradients.complete:
         dropped = ~torch.isfinite(norms)
         factors = torch.where(dropped, 0.0, factors)
-    if two_pass and recording.batch:
-        _second_pass(recording, gradients, factors, sums)
+    if repeats is not None and recording.batch:
+        _second_pass(recording, gradients, repeats, factors, sums)
     with torch.no_grad():
         gradients.add_weighted_sum(factors, sums, dropped)
     wide = torch.promote_types(recording.losses.dtype, torch.float32)
@@ -124,7 +126,7 @@ def per_example_gradients(
     """
     recording = Recording(model, loss_fn, _check_randomness(randomness))
     gradients = Gradients([recording], "hold", None)
-    _collect(recording, gradients, False)
+    _collect(recording, gradients)
     found = {}
     for name, parameter in recording.parameters.items():
         formed = gradients.formed(name)
@@ -149,34 +151,50 @@ def per_example_norms(model: nn.Module, loss_fn: LossFunction, *, randomness: st
     """
     recording = Recording(model, loss_fn, _check_randomness(randomness))
     gradients = Gradients([recording], "two_pass", None)
-    norms = _collect(recording, gradients, False)
+    norms = _collect(recording, gradients)
     return norms.to(torch.promote_types(recording.losses.dtype, torch.float32))
 
 
-def _collect(recording: Recording, gradients: Gradients, forget: bool) -> Tensor:
+def _collect(recording: Recording, gradients: Gradients, repeats: Repeats | None = None) -> Tensor:
+    """One backward pass, and the norms; `repeats` where another follows, for what is forgotten until then."""
+
     def receive(use: ParamUse, grad_output: Tensor) -> bool:
         gradients.receive(use, grad_output)
         collector = gradients.collectors.get(use.name)
-        if forget and isinstance(collector, NotFormed):
+        if repeats is not None and isinstance(collector, NotFormed):
+            if collector.needs_pass:
+                repeats.note(use, grad_output)
             collector.forget()
         return gradients.keeps_inputs(use)
 
     if recording.batch:
-        recording.backward(receive, keep_graph=forget)
+        recording.backward(receive, keep_graph=repeats is not None)
     with torch.no_grad():
-        return gradients.norms(widen=not forget)
+        return gradients.norms(widen=repeats is None)
 
 
-def _second_pass(recording: Recording, gradients: Gradients, factors: Tensor, sums: Mapping[str, Tensor]) -> None:
-    """Send the losses back as before, so that what is weighted is, to the last bit, what the norms were taken of."""
+def _second_pass(
+    recording: Recording, gradients: Gradients, repeats: Repeats, factors: Tensor, sums: Mapping[str, Tensor]
+) -> None:
+    """Send the losses back as before, so that what is weighted is, to the last bit, what the norms were taken of.
+
+    The sums are kept apart until all of it is proved to be that.
+    """
+    found: dict[str, Tensor] = {}
 
     def receive(use: ParamUse, grad_output: Tensor) -> bool:
         collector = gradients.collectors.get(use.name)
         if isinstance(collector, NotFormed) and collector.needs_pass:
-            use.rule.add_weighted_sum(use, grad_output, factors, sums[use.name])
+            repeats.check(use, grad_output)
+            if use.name not in found:
+                found[use.name] = torch.zeros_like(sums[use.name])
+            use.rule.add_weighted_sum(use, grad_output, factors, found[use.name])
         return gradients.keeps_inputs(use)
 
     recording.backward(receive)
+    repeats.check_all_met()
+    for name, total in found.items():
+        sums[name].add_(total)
 
 
 def _sums(parameters: Mapping[str, Tensor], into: dict[str, Tensor] | None) -> dict[str, Tensor]:

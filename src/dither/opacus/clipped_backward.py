@@ -14,8 +14,10 @@ from torch import Tensor
 from dither.capture.coverage import check_loss, untouched
 from dither.capture.examples import ExampleAxis
 from dither.capture.probing import Seed
+from dither.capture.uses import ParamUse
 from dither.clipping.collectors import NotFormed
 from dither.clipping.gradients import Gradients
+from dither.clipping.repeats import Repeats
 from dither.errors import CoverageError, LossShapeError, UnsupportedOpError
 from dither.opacus import backward, batches, provenance
 from dither.opacus.deciding import decide
@@ -132,7 +134,8 @@ def _clipped_sums(
     # The loss is sent back as the user's reduction has it, for the sake of whatever else it reaches.
     scale = hooks.loss_scale(max(1, len(losses)))
     again = bool(kept) or hooks.strategy == "two_pass"
-    gradients = hooks.collect(recordings, forget=hooks.strategy == "two_pass")
+    repeats = Repeats() if hooks.strategy == "two_pass" else None
+    gradients = hooks.collect(recordings, repeats=repeats, scaled=bool(kept))
     with _restored(kept):
         undecided = any(recording.undecided for recording in recordings)
         backward.send(reached, [losses], [torch.full_like(losses, 1.0 / scale)], again or undecided)
@@ -145,7 +148,8 @@ def _clipped_sums(
     if again:
         others = [leaf for leaf in reached.leaves if not any(leaf is p for p in kept)]
         with hooks.quiet_hooks(), _restored(others):
-            gradients = _second_pass(hooks, recordings, reached, losses, factors, dropped, gradients, sums) or gradients
+            second = _second_pass(hooks, recordings, reached, losses, factors, dropped, gradients, repeats, sums)
+            gradients = second or gradients
     if not (hooks.strategy == "two_pass" and bool(dropped.any())):
         factors = factors * scale
     with torch.no_grad():
@@ -161,6 +165,7 @@ def _second_pass(
     factors: Tensor,
     dropped: Tensor,
     first: Gradients,
+    repeats: Repeats | None,
     sums: dict[str, Tensor],
 ) -> Gradients | None:
     """Send the weighted losses back: for layers with registered samplers, and for gradients that were not kept.
@@ -182,23 +187,38 @@ def _second_pass(
     scale = hooks.loss_scale(max(1, len(losses)))
     sent = factors.to(losses.dtype) if recordings[0].kept else torch.full_like(losses, 1.0 / scale)
     weights = torch.ones_like(factors) if recordings[0].kept else factors * scale
+
+    def repeated(use: ParamUse, gradient: Tensor) -> None:
+        assert repeats is not None
+        repeats.check(use, gradient, factors * scale if recordings[0].kept else None)
+
     for recording in recordings:
-        adds = hooks.strategy == "two_pass"
-        recording.tape.sink = _adding(recording, first, sums, weights) if adds else backward.ignore
+        adds = repeats is not None
+        recording.tape.sink = _adding(recording, first, sums, weights, repeated) if adds else backward.ignore
     backward.send(reached, [losses], [sent], False)
+    if repeats is not None:
+        repeats.check_all_met()
     return None
 
 
 def _adding(
-    recording: ModuleRecording, gradients: Gradients, sums: dict[str, Tensor], weights: Tensor
+    recording: ModuleRecording,
+    gradients: Gradients,
+    sums: dict[str, Tensor],
+    weights: Tensor,
+    repeated: Callable[[ParamUse, Tensor], None],
 ) -> backward.Sink:
-    """A sink that adds up the weighted gradients of what the first pass did not keep."""
+    """A sink that adds up the weighted gradients of what the first pass did not keep, once `repeated` let them pass."""
     uses = recording.uses_by_call()
 
     def sink(call: int, gradient: Tensor) -> None:
         for use in uses.get(call, []):
             collector = gradients.collectors.get(use.name)
-            if use.axis is not None and isinstance(collector, NotFormed) and collector.needs_pass:
+            if isinstance(collector, NotFormed) and collector.needs_pass:
+                repeated(use, gradient)
+                if use.axis is None:  # nothing but zeros arrives
+                    continue
+                use.call.check_unchanged()
                 use.rule.add_weighted_sum(use, gradient, weights, sums[use.name])
         if call in uses and not any(gradients.keeps_inputs(use) for use in uses[call]):
             recording.tape.calls[call].conceal()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dither.clipping.gradients import Gradients
 from dither.clipping.plan import Plan, check_strategy
+from dither.clipping.repeats import Repeats
 from dither.errors import CoverageError
 from dither.opacus import backward, batches, provenance, stock
 from dither.opacus.hooks import GradSampleHooks, plain_gradients, receiver
@@ -51,9 +52,16 @@ class GradSampleHooksFastGradientClipping(GradSampleHooks, stock.GradSampleHooks
         return partial(self._publish_norms, recordings, gradients)
 
     def collect(
-        self, recordings: Sequence[ModuleRecording], scale: float = 1.0, strategy: str = "", forget: bool = False
+        self,
+        recordings: Sequence[ModuleRecording],
+        scale: float = 1.0,
+        strategy: str = "",
+        repeats: Repeats | None = None,
+        scaled: bool = False,
     ) -> Gradients:
-        """Collectors for what arrives at the recordings' uses, times `scale`; `forget`: keep norms only where possible.
+        """Collectors for what arrives at the recordings' uses, times `scale`.
+
+        With `repeats` they keep norms only, where possible, for another pass, which may send `scaled` losses.
 
         Raises:
             CoverageError: the recordings have different numbers of examples.
@@ -63,7 +71,7 @@ class GradSampleHooksFastGradientClipping(GradSampleHooks, stock.GradSampleHooks
         check_strategy(strategy or self.strategy)
         gradients = Gradients(recordings, strategy or self.strategy, self.memory_budget)
         for recording in recordings:
-            recording.tape.sink = receiver(recording, gradients, scale, forget)
+            recording.tape.sink = receiver(recording, gradients, scale, repeats, scaled)
         self.plan = gradients.plan
         return gradients
 

@@ -23,6 +23,7 @@ from torch.nn.utils.rnn import PackedSequence
 from dither.capture.uses import ParamUse
 from dither.clipping.collectors import NotFormed
 from dither.clipping.gradients import Gradients
+from dither.clipping.repeats import Repeats
 from dither.errors import ExampleAxisError, UnsupportedOpError
 from dither.opacus import backward, batches, stock
 from dither.opacus.recording import ModuleRecording
@@ -227,15 +228,26 @@ class GradSampleHooks(stock.GradSampleHooks):
             )
 
 
-def receiver(recording: ModuleRecording, gradients: Gradients, scale: float, forget: bool = False) -> backward.Sink:
-    """A sink that hands output gradients, times `scale`, to the collectors; `forget`: which keep norms only."""
+def receiver(
+    recording: ModuleRecording,
+    gradients: Gradients,
+    scale: float,
+    repeats: Repeats | None = None,
+    scaled: bool = False,
+) -> backward.Sink:
+    """A sink that hands output gradients, times `scale`, to the collectors.
+
+    With `repeats` these keep norms only, and another pass follows; `scaled`: of scaled losses.
+    """
     uses = recording.uses_by_call()
 
     def receive(use: ParamUse, gradient: Tensor) -> bool:
         """Whether the use's inputs are needed afterwards."""
         gradients.receive(use, gradient)
         collector = gradients.collectors.get(use.name)
-        if forget and isinstance(collector, NotFormed):
+        if repeats is not None and isinstance(collector, NotFormed):
+            if collector.needs_pass:
+                repeats.note(use, gradient, scaled)
             collector.forget()
         return gradients.keeps_inputs(use)
 
@@ -252,7 +264,7 @@ def receiver(recording: ModuleRecording, gradients: Gradients, scale: float, for
         if any(needed):
             return
         recording.tape.calls[call].conceal()
-        if not (forget or recording.keeps_inputs):
+        if repeats is None and not recording.keeps_inputs:
             recording.tape.calls[call].release()
 
     recording.receive = receive
