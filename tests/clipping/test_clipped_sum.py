@@ -94,7 +94,8 @@ def test_a_memory_budget_turns_holding_off():
         return model(x).square().flatten(1).sum(1)
 
     free = dither.clipped_sum(model, loss_fn)
-    bound = dither.clipped_sum(model, loss_fn, memory_budget=0)
+    bound = dither.clipped_sum(model, loss_fn, memory_budget=4 * 64 * 4)  # the bias's
+    assert sum(u.held_bytes for u in bound.plan.uses) == 4 * 64 * 4
     assert "hold" in {u.strategy for u in free.plan.uses if u.parameter == "weight"}
     assert {u.strategy for u in bound.plan.uses if u.parameter == "weight"} <= {"ghost", "tile"}
     assert "weight" in str(free.plan) and "MiB" in str(free.plan)

@@ -13,7 +13,9 @@ import dither
 import oracle
 from dither import errors
 from dither.clipping import machine
+from dither.clipping.gradients import Gradients
 from dither.clipping.plan import predicted
+from dither.clipping.recording import Recording
 from dither.rules.rule import Cost
 
 
@@ -206,6 +208,73 @@ def test_a_budget_that_cannot_be_kept_is_refused_with_the_numbers(strategy):
     with pytest.raises(errors.MemoryBudgetError, match=r"100 bytes.*14,400"):
         dither.clipped_sum(holder, loss_fn, memory_budget=100, strategy=strategy)
     dither.clipped_sum(holder, loss_fn, memory_budget=20_000, strategy=strategy)
+
+
+class Made(nn.Module):
+    """Parameters of the given shapes, and a forward that takes them."""
+
+    def __init__(self, body, *shapes):
+        super().__init__()
+        self.body, self.held = body, nn.ParameterList(nn.Parameter(torch.randn(shape)) for shape in shapes)
+
+    def forward(self, x):
+        return self.body(x, *self.held)
+
+
+@pytest.mark.parametrize("strategy", ["auto", "ghost", "tile", "two_pass"])
+@pytest.mark.parametrize(
+    ("body", "shapes"),
+    [
+        (lambda x, p: x + p[:, :5], [(1, 40, 6)]),  # a slice: the whole table is held
+        (lambda x, p: (x + p[:, :5]) * p[:, 5:10], [(1, 40, 6)]),  # once, whatever is taken of it
+        (lambda x, w: x * w, [(5, 6)]),
+        (lambda x, w, b: F.layer_norm(x, (6,), w, b), [(6,), (6,)]),
+        (lambda x, w: F.prelu(x, w), [(5,)]),
+        (lambda x, w: torch.cdist(x, w), [(30, 6)]),  # without a rule
+        (lambda x, w: F.linear(x * w, w.view(1, -1)), [(6,)]),
+    ],
+)
+def test_what_has_no_other_way_is_counted_and_refused(body, shapes, strategy):
+    model, x = Made(body, *shapes), torch.randn(4, 5, 6)
+    needed = 4 * 4 * sum(p.numel() for p in model.parameters())
+
+    def loss_fn():
+        return model(x).square().flatten(1).sum(1)
+
+    with pytest.raises(errors.MemoryBudgetError, match=f"is {needed - 1:,} bytes.*take {needed:,}:"):
+        dither.clipped_sum(model, loss_fn, strategy=strategy, memory_budget=needed - 1)
+    kept = dither.clipped_sum(model, loss_fn, strategy=strategy, memory_budget=needed)
+    assert sum(use.held_bytes for use in kept.plan.uses) == needed
+    truth = oracle.per_example_gradients(model, loss_fn)
+    assert oracle.relative_error(kept.gradients, oracle.clipped_sum(truth, 1.0)) <= 1e-5
+
+
+def test_small_parameters_leave_the_default_plan_as_it_was():
+    model, x = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64), nn.Linear(64, 64)), torch.randn(4, 100, 64)
+    plan = dither.clipped_sum(model, lambda: model(x).square().mean((1, 2))).plan
+    assert set(strategies(plan).values()) == {"hold"}
+
+
+@pytest.mark.parametrize("strategy", ["auto", "hold", "ghost", "tile", "two_pass"])
+def test_the_uses_of_one_parameter_are_planned_together_and_run_as_planned(strategy):
+    table, ids = nn.Embedding(500, 16), torch.randint(500, (4, 300))
+
+    def loss_fn():
+        return F.linear(table(ids).tanh(), table.weight).square().mean((1, 2))
+
+    with machine.builtin_rates():
+        plan = dither.clipped_sum(table, loss_fn, strategy=strategy).plan
+        gradients = Gradients([Recording(table, loss_fn)], strategy, None)
+    ways = {use.strategy for use in plan.uses}
+    assert ways == {gradients.collectors["weight"].strategy}
+    assert ways == ({"form"} if strategy in ("auto", "hold") else {"cross"})
+    formed = 4 * 4 * 500 * 16
+    assert sum(use.held_bytes for use in plan.uses) == (formed if ways == {"form"} else 0)
+    if strategy == "auto":  # held once, and so it fits
+        bound = dither.clipped_sum(table, loss_fn, memory_budget=formed)
+        assert {use.strategy for use in bound.plan.uses} == {"form"}
+        less = dither.clipped_sum(table, loss_fn, memory_budget=formed - 1)
+        assert {use.strategy for use in less.plan.uses} == {"cross"}
 
 
 def test_more_rows_turn_from_ghost_to_hold():

@@ -132,9 +132,13 @@ def test_use_ghost_clipping_chooses_the_strategy(ghost):
 
 
 def test_a_memory_budget_is_kept():
-    wrapped, _, criterion = private(nn.Linear(64, 64), nn.MSELoss(), 4, memory_budget=0, strategy="auto")
+    bias = 4 * 64 * 8
+    wrapped, _, criterion = private(nn.Linear(64, 64), nn.MSELoss(), 4, memory_budget=bias, strategy="auto")
     criterion(wrapped(torch.randn(4, 500, 64)), torch.randn(4, 500, 64)).backward()
-    assert all(use.held_bytes < 4 * 64 * 8 + 1 for use in wrapped.plan.uses)
+    assert sum(use.held_bytes for use in wrapped.plan.uses) == bias
+    wrapped.memory_budget = bias - 1
+    with pytest.raises(errors.MemoryBudgetError, match=r"2,047 bytes.*2,048: of bias"):
+        criterion(wrapped(torch.randn(4, 500, 64)), torch.randn(4, 500, 64)).backward()
     with pytest.raises(errors.UnknownStrategyError):
         private(nn.Linear(2, 2), nn.MSELoss(), 4, strategy="fast")
     wrapped, _, criterion = private(nn.Linear(2, 2), nn.MSELoss(), 4)

@@ -66,8 +66,9 @@ def clipped_sum(
         rows_per_example: k, if the model sees k consecutive rows for each example (k noise draws of one image); the
             layout is found without it, and checked against it.
         memory_budget: bytes that held per-example gradients may take, unless "hold" asks for them; None for half of the
-            free memory with "auto", else for no bound. What has to be held (of a tensor computed from parameters, or of
-            a parameter used several times, in ways whose rows cannot be multiplied) is refused beyond it.
+            free memory with "auto", else for no bound. What has to be held (of biases and scales, operations without a
+            rule, tensors computed from a parameter, or several uses whose rows cannot be multiplied) is refused beyond
+            it.
         into: tensors by parameter name; the sum is added to them in place (accumulation over micro-batches).
         randomness: of a random operation that takes a parameter and has no rule: "different" numbers for each example,
             as plain PyTorch draws them; the "same" numbers for each; or an "error".

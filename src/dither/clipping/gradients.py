@@ -48,26 +48,16 @@ class Gradients:
         budget = memory_budget
         if budget is None and strategy == "auto":
             budget = free_memory(self._device) / 2
-        return make_plan(self._candidates(uses), strategy, budget, memory_budget is not None, self._device)
+        held = {n: float(self._batch * p.numel() * p.element_size()) for n, p in self._parameters.items()}
+        return make_plan(self._candidates(uses), held, strategy, budget, memory_budget is not None, self._device)
 
     def _candidates(self, uses: Sequence[ParamUse]) -> list[Candidate]:
-        of: dict[str, list[ParamUse]] = {}
+        found = []
         for use in uses:
-            for name in self._leaves_of(use):
-                of.setdefault(name, []).append(use)
-        crosses = {
-            name: all(id(u.parameter) in self._names and u.axis is not None and u.rule.crosses(u) for u in found)
-            for name, found in of.items()
-        }
-        return [
-            Candidate(
-                use,
-                id(use.parameter) in self._names,
-                max((len(of[name]) for name in self._leaves_of(use)), default=1),
-                crosses.get(use.name, False),
-            )
-            for use in uses
-        ]
+            direct = id(use.parameter) in self._names
+            crosses = direct and use.axis is not None and use.rule.crosses(use)
+            found.append(Candidate(use, direct, tuple(self._leaves_of(use)), crosses))
+        return found
 
     def _leaves_of(self, use: ParamUse) -> list[str]:
         """Names of the parameters behind a use."""

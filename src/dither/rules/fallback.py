@@ -17,7 +17,7 @@ from dither.capture.examples import Layout
 from dither.capture.operations import is_in_place
 from dither.capture.uses import ParamUse, map_tensors, tensors_in
 from dither.errors import UnsupportedOpError
-from dither.rules.rule import Cost, Rule
+from dither.rules.rule import Rule
 
 
 class Fallback(Rule):
@@ -84,10 +84,6 @@ class Fallback(Rule):
                 torch.set_rng_state(call.rng_state)
             outputs = tensors_in(call.function(*replay[0], **replay[1]))
             return [t for t in outputs if t.is_floating_point() or t.is_complex()][call.output], leaf
-
-    def cost(self, use: ParamUse) -> Cost:
-        """Always formed."""
-        return Cost(0.0, 0.0, float(use.batch * use.parameter.numel() * use.parameter.element_size()))
 
 
 def _varies(tensor: Tensor, layout: Layout) -> bool:

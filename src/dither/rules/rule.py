@@ -79,8 +79,8 @@ class Rule:
         raise NotImplementedError
 
     def cost(self, use: ParamUse) -> Cost:
-        """Predicted work; rules that never form a large gradient report zero."""
-        return Cost(0.0, 0.0, 0.0)
+        """Predicted work; by default only what the formed gradients take, for these are always formed."""
+        return Cost(0.0, 0.0, float(use.batch * use.parameter.numel() * use.parameter.element_size()))
 
 
 _CHUNK = 1024
