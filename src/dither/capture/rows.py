@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dither.capture.randomness import DrawnFrom
 from dither.capture.uses import tensors_in
 from dither.errors import UnsupportedOpError
 
@@ -24,10 +25,10 @@ def shared_rows(args: Any, kinds: Mapping[int, Any]) -> int:
     return sizes.pop()
 
 
-def row_by_row(func: Any, args: Any, kwargs: Any, examples: Mapping[int, Tensor], rng_state: Tensor) -> Tensor:
+def row_by_row(func: Any, args: Any, kwargs: Any, examples: Mapping[int, Tensor], drawn_from: DrawnFrom) -> Tensor:
     """A random operation on one row of the examples at a time, each with the same random numbers."""
     outputs = []
     for row in range(len(next(iter(examples.values())))):
-        torch.set_rng_state(rng_state)
+        drawn_from.restore()
         outputs.append(func(*[examples[id(a)][row : row + 1] if id(a) in examples else a for a in args], **kwargs))
     return torch.cat(outputs)

@@ -17,6 +17,7 @@ from torch import Tensor
 from dither.capture import operations
 from dither.capture.kinds import DERIVED, PARAMETER, Kinds
 from dither.capture.places import after_tensor_hooks, alias, anchored
+from dither.capture.randomness import DrawnFrom
 from dither.capture.rows import row_by_row, shared_rows
 from dither.capture.saving import hooked, keep
 from dither.capture.uses import Hidden, OpCall, ParamUse, Tape, map_tensors, tensors_in
@@ -80,7 +81,7 @@ class TapeWriter:
         given = tensors_in(args, kwargs)
         known = [id(tensor) in self.kinds.by_id for tensor in given]
         again = any(rule.replays for _, _, rule in claimed)
-        rng_state = torch.get_rng_state() if again else None
+        drawn_from = DrawnFrom(t.device for t in given) if again else None
         autocast = operations.autocast_of(args) if again else None
         fixed = frozenset(position for position, fix in enumerate(known) if fix) if again else frozenset()
 
@@ -89,13 +90,13 @@ class TapeWriter:
             return detach(tensor) if kind is not None and kind[0] in (PARAMETER, DERIVED) else tensor
 
         output = func(*map_tensors(live, args), **map_tensors(live, kwargs))
-        rng_state = self._drawn(rng_state, func)
-        if rng_state is not None and self._randomness == "same" and shared_rows(args, self.kinds.by_id) > 1:
+        drawn_from = self._drawn(drawn_from, func)
+        if drawn_from is not None and self._randomness == "same" and shared_rows(args, self.kinds.by_id) > 1:
             with resumed():
                 examples = {
                     id(t): self._followed_from_here(t) for t in tensors_in(args) if id(t) not in self.kinds.by_id
                 }
-                return row_by_row(func, args, kwargs, examples, rng_state)
+                return row_by_row(func, args, kwargs, examples, drawn_from)
         outputs = [t for t in tensors_in(output) if t.is_floating_point() or t.is_complex()]
         held, hidden = (
             self._hide(detach.done, saved, len(outputs), replays) if hooked() else ([None] * len(outputs), None)
@@ -116,7 +117,7 @@ class TapeWriter:
                 versions=tuple((t, t._version) for t in tensors_in(*shown[:2])),
                 output=position,
                 source=source,
-                rng_state=rng_state,
+                drawn_from=drawn_from,
                 autocast=autocast,
                 fixed=fixed,
                 hidden=hidden,
@@ -127,9 +128,9 @@ class TapeWriter:
                 self.tape.uses.append(ParamUse(call, slot, used, self.kinds.label(used), rule))
         return self._listen(output, outputs, first, held)
 
-    def _drawn(self, before: Tensor | None, func: Any) -> Tensor | None:
+    def _drawn(self, before: DrawnFrom | None, func: Any) -> DrawnFrom | None:
         """The random state before the operation, if it drew from it."""
-        if before is None or torch.equal(before, torch.get_rng_state()):
+        if before is None or not before.moved:
             return None
         if self._randomness == "error":
             raise UnsupportedOpError(

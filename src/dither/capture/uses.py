@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dither.capture.examples import Layout
+from dither.capture.randomness import DrawnFrom
 from dither.errors import ExampleAxisError, SavedInputChangedError
 
 
@@ -95,7 +96,7 @@ class OpCall:
         output: which of the operation's floating-point outputs it is.
         source: whether no graph leads on from its inputs, so that nothing shows whose rows they are.
         versions: version counters of the saved inputs, to notice a change in place.
-        rng_state: the random state before a random operation without a rule, so that it can be replayed.
+        drawn_from: the random states before a random operation without a rule, so that it can be replayed.
         autocast: device type and dtype of the autocast region the operation ran in, if it is to be replayed.
         fixed: positions, among all its tensors, of those that do not vary with the examples, if it is to be replayed.
         hidden: the arguments with `Hidden` in the places of inputs that hooks hold; None if there are none.
@@ -110,7 +111,7 @@ class OpCall:
     versions: tuple[tuple[Tensor, int], ...]
     output: int = 0
     source: bool = False
-    rng_state: Tensor | None = None
+    drawn_from: DrawnFrom | None = None
     autocast: tuple[str, torch.dtype] | None = None
     fixed: frozenset[int] = frozenset()
     hidden: tuple[Any, Any, Any] | None = None

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dither.capture.coverage import check_loss, leaves_of
+from dither.capture.randomness import DrawnFrom
 from dither.capture.watching import as_written
 from dither.clipping.clipped_sum import ClippedSum, clipped_sum, per_example_gradients
 from dither.clipping.gradients import Gradients
@@ -91,24 +92,14 @@ class RandomState:
     """
 
     def __init__(self, devices: Iterable[torch.device]) -> None:
-        self._torch = torch.get_rng_state()
+        self._torch = DrawnFrom(devices)
         self._python, self._numpy = random.getstate(), np.random.get_state()
-        found = {(d.type, d.index): d for d in devices if d.type not in ("cpu", "meta")}
-        self._devices = [(d, _of_device(d, "get_rng_state")) for d in found.values()]
 
     def restore(self) -> None:
         """Put them back."""
-        torch.set_rng_state(self._torch)
+        self._torch.restore()
         random.setstate(self._python)
         np.random.set_state(self._numpy)
-        for device, state in self._devices:
-            _of_device(device, "set_rng_state", state)
-
-
-def _of_device(device: torch.device, function: str, *state: Tensor) -> Tensor:
-    where = () if device.type == "mps" else (device,)  # there is one, and its functions take none
-    found: Tensor = getattr(torch.get_device_module(device), function)(*state, *where)
-    return found
 
 
 def _uses(model: nn.Module, loss_fn: LossFunction) -> tuple[tuple[VerifiedUse, ...], Tensor]:

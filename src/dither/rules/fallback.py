@@ -79,9 +79,8 @@ class Fallback(Rule):
 
         replay: Any = map_tensors(given, (call.args, call.kwargs))
         region = torch.autocast(*call.autocast) if call.autocast is not None else nullcontext()
-        with torch.random.fork_rng(devices=[]), torch.enable_grad(), region:
-            if call.rng_state is not None:
-                torch.set_rng_state(call.rng_state)
+        drawn = call.drawn_from.again() if call.drawn_from is not None else nullcontext()
+        with drawn, torch.enable_grad(), region:
             outputs = tensors_in(call.function(*replay[0], **replay[1]))
             return [t for t in outputs if t.is_floating_point() or t.is_complex()][call.output], leaf
 
