@@ -5,6 +5,7 @@
 #   make check         both
 #   make docs          the documentation as pages, in site/
 #   make bench         step time and peak memory of private training beside other libraries (hours; ARGS=--smoke: minutes)
+#   make bench-check   whether a step has become slower than benchmarks/baseline.json says, on quiet cores
 #   make sweep         10,000 generated models in every strategy (a quarter of an hour on two cores)
 #   make test TORCH=2.6.0        another torch        make test CONSTRAINTS=        no pinned versions
 
@@ -25,7 +26,7 @@ ifneq ($(strip $(REQUEST)),$(strip $(shell cat $(VENV)/.request 2>/dev/null)))
 $(shell rm -f $(VENV)/.installed-*)
 endif
 
-.PHONY: docs demo test opacus-suite check sweep bench lint types format clean
+.PHONY: docs demo test opacus-suite check sweep bench bench-check lint types format clean
 
 demo: $(firstword $(wildcard $(VENV)/.installed-dev) $(VENV)/.installed-cli)
 	$(BIN)/dither train $(ARGS)
@@ -45,6 +46,10 @@ sweep: $(VENV)/.installed-dev
 RESULTS := $(if $(findstring smoke,$(ARGS)),,--save benchmarks/results.json --page docs/performance.md --picture docs/images/performance.png)
 bench: $(VENV)/.installed-bench $(VENV)/jax/.installed
 	$(BIN)/dither bench --sweep all --explain --jax_python $(VENV)/jax/bin/python $(RESULTS) $(ARGS)
+
+# A quarter of an hour: fails where a ratio of dither's has grown by more than a tenth.
+bench-check: $(VENV)/.installed-bench
+	$(BIN)/dither bench --models dit-384 dit-768 dit-256 --contenders auto --pairs 5 --check benchmarks/baseline.json $(ARGS)
 
 docs: $(VENV)/.installed-dev
 	$(BIN)/mkdocs build --strict

@@ -17,6 +17,15 @@ torch.set_num_threads(1)
 seed_only_what_is_there()
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Show what tests recorded under the name "shown": their own output is kept back."""
+    reports = [*terminalreporter.getreports("passed"), *terminalreporter.getreports("failed")]
+    lines = [line for report in reports for name, line in report.user_properties if name == "shown"]
+    if lines:
+        terminalreporter.section("compiled kernels")
+        terminalreporter.write_line("\n".join(lines))
+
+
 @pytest.fixture(scope="session")
 def programs() -> Iterator[forks.Server]:
     """Forks programs from a process that has imported what takes long, but nothing of dither's or Opacus's."""

@@ -14,9 +14,9 @@ from dither.benchmark.results import Growth
 
 AXES: dict[str, tuple[int, ...]] = {
     "batch": (4, 8, 16, 32),
-    "tokens": (64, 144, 256, 576),
+    "tokens": (64, 144, 256, 576, 1024, 4096),
     "width": (128, 256, 384, 512),
-    "views": (1, 2, 4, 8),
+    "views": (1, 2, 4, 8, 16, 32),
     "depth": (1, 2, 4, 8),
 }
 """The values of each size; the others stay at BASE."""
