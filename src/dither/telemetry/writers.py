@@ -27,7 +27,7 @@ class Telemetry:
         mlflow: log to MLflow too; MLFLOW_TRACKING_URI says where.
         project: the project or experiment there.
         non_private: send them values computed without noise too (loss, clip fraction, times), under the name
-            non-private/...; false keeps those in the run folder.
+            non-private/..., and to W&B the machine's load; false keeps those in the run folder.
         samples: labelled grids drawn through training, at evenly spaced steps; 0 for none.
     """
 
@@ -78,14 +78,22 @@ class WeightsAndBiases:
         run: the run folder.
         project: its project there.
         config: the options of the run.
+        non_private: send the machine's load too, which follows the batches' sizes. What the command prints is never
+            sent: the values go there by name, and the lines hold those that are not private.
     """
 
-    def __init__(self, run: Path, project: str, config: Mapping[str, Any]) -> None:
+    def __init__(self, run: Path, project: str, config: Mapping[str, Any], non_private: bool) -> None:
         import wandb
 
         name = _kept(run, "wandb", lambda: uuid.uuid4().hex[:12])
         self._run = wandb.init(
-            project=project, name=run.name, id=name, resume="allow", dir=str(run), config=dict(config)
+            project=project,
+            name=run.name,
+            id=name,
+            resume="allow",
+            dir=str(run),
+            config=dict(config),
+            settings=wandb.Settings(console="off", x_disable_stats=not non_private),
         )
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
@@ -153,7 +161,7 @@ class Writers:
         self._elsewhere: list[Writer] = []
         self._non_private, self._say = telemetry.non_private, say
         if telemetry.wandb:
-            self._elsewhere.append(WeightsAndBiases(run, telemetry.project, config))
+            self._elsewhere.append(WeightsAndBiases(run, telemetry.project, config, telemetry.non_private))
         if telemetry.mlflow:
             self._elsewhere.append(MLflow(run, telemetry.project, config))
         self._log = TensorBoard(run / "tensorboard", done)

@@ -1,0 +1,29 @@
+"""Services in `dither train`: what they get of a whole run, and that one of them costs no run."""
+
+from __future__ import annotations
+
+import pytest
+
+from dither.cli.main import main
+from dither.telemetry import CLIP_FRACTION, EPSILON
+from shortened import TINY
+
+QUICK = [*TINY, "--steps=2", "--noise_multiplier=5", "--telemetry.samples=0"]
+
+
+def sent_to_wandb(run):
+    """All that it keeps of its runs to upload, in which names and lines are as they are."""
+    return b"".join(file.read_bytes() for file in (run / "wandb").glob("offline-run-*/**/*") if file.is_file())
+
+
+@pytest.mark.parametrize("non_private", [True, False])
+def test_wandb_gets_no_printed_line_and_the_load_with_what_is_not_private(non_private, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WANDB_X_STATS_SAMPLING_INTERVAL", "0.1")
+    run = tmp_path / "run"
+    words = ["--telemetry.wandb=true", f"--telemetry.non_private={non_private}", f"--output={run}"]
+    assert main(["train", *QUICK, *words]) == 0
+    assert "clip fraction" in capsys.readouterr().out
+    sent = sent_to_wandb(run)
+    assert EPSILON.encode() in sent and b"clip fraction" not in sent and b"images/s" not in sent
+    assert (CLIP_FRACTION.encode() in sent) is non_private
+    assert (b"proc.memory.rssMB" in sent) is non_private
