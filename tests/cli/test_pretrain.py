@@ -141,6 +141,40 @@ def test_interrupted_in_each_part_and_resumed(public, tmp_path, capsys):
     assert main(["certificate", "check", str(run)]) == 0
 
 
+def test_a_beginning_goes_on_with_the_same_data_only(public, tmp_path, failure):
+    """An image fewer after the release: a person whom the ledger forgot. Other public files: not those that it names."""
+    run, files = tmp_path / "run", {name: tmp_path / f"{name}.npz" for name in ("private", "public")}
+    with np.load(public) as whole:
+        kept = {name: {key: whole[key] for key in whole.files} for name in files}
+    for name, file in files.items():
+        np.savez(file, **kept[name])
+    words = [*TINY, "--steps=2", "--epsilon=3", "--delta=0.001", f"--data.path={files['private']}", f"--output={run}"]
+    words += [f"--pretrain.path={files['public']}", "--pretrain.steps=80", "--warm_up.kind=means"]
+    words += ["--warm_up.steps=80", "--save_every=1e-9"]
+
+    waiting = interrupt_when(lambda: part(run)[0] == "public")
+    assert main(["train", *words]) == 130
+    waiting.join()
+    np.savez(files["public"], **{**kept["public"], "images": kept["public"]["images"][::-1]})
+    assert "SHA-256" in failure("train", f"--resume={run}")
+    assert part(run)[0] == "public"
+
+    np.savez(files["public"], **kept["public"])
+    waiting = interrupt_when(lambda: part(run)[0] == "warm-up")
+    assert main(["train", f"--resume={run}"]) == 130
+    waiting.join()
+    release = (run / "class_statistics.safetensors").read_bytes()
+    np.savez(files["private"], **{**kept["private"], **{key: kept["private"][key][1:] for key in ("images", "labels")}})
+    said = failure("train", f"--resume={run}")
+    assert "99 examples" in said and "100" in said and not (run / "certificate.json").exists()
+
+    np.savez(files["private"], **kept["private"])
+    assert main(["train", f"--resume={run}"]) == 0
+    assert (run / "class_statistics.safetensors").read_bytes() == release
+    assert certificate(run)["dataset_size"] == 100
+    assert certificate(run)["public"]["pretraining"]["sha256"] == files_digest(files["public"])
+
+
 def test_latents_go_with_latents_of_their_autoencoder(tmp_path, failure):
     """Random latents; a class of another set of names is hidden by default."""
     files = [tmp_path / f"{name}.safetensors" for name in ("private", "public", "other", "large")]

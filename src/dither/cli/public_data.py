@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from dither.cli.data import read_data
 from dither.cli.options import Data, Options, Pretraining
-from dither.cli.public import ON_WHOSE_WORD, files_digest
-from dither.cli.run_folder import Images
+from dither.cli.public import ON_WHOSE_WORD, PUBLIC, files_digest, read_facts
+from dither.cli.run_folder import Images, RunFolder
 from dither.diffusion.finetuning import all_but_updates
 from dither.diffusion.ordinary_training import OrdinaryTraining
 from dither.diffusion.recipe import build_loss
-from dither.errors import ConfigurationError, DataError
+from dither.errors import ConfigurationError, DataError, RunFolderError
 
 if TYPE_CHECKING:
     from dither.data import ImageData
@@ -77,6 +77,27 @@ def public_facts(data: ImageData, chosen: Pretraining) -> dict[str, Any]:
         "learning_rate": chosen.learning_rate,
         "batch_size": chosen.batch_size,
     }
+
+
+def check_unchanged(folder: RunFolder, data: ImageData, chosen: Pretraining) -> None:
+    """Refuse to go on in public data other than those that the certificate will name.
+
+    Args:
+        folder: of the run, whose `public.json` says what it began with.
+        data: as read now.
+        chosen: of the run.
+
+    Raises:
+        RunFolderError: other files, or another number of images where there are no files.
+    """
+    old, new = read_facts(folder, PUBLIC).get("pretraining", {}), public_facts(data, chosen)
+    for fact, name in (("sha256", "SHA-256"), ("examples", "number of images")):
+        if old.get(fact) != new[fact]:
+            raise RunFolderError(
+                f"the public data set at {chosen.path} is not the one that the run began with: its {name} was "
+                f"{old.get(fact)} and is {new[fact]}",
+                fix="put the files back as they were, or start a new run",
+            )
 
 
 def public_training(options: Options, model: nn.Module, data: ImageData) -> OrdinaryTraining:

@@ -124,7 +124,7 @@ def _create(options: Options, console: Console, until_done: ExitStack) -> Run:
             torch.manual_seed(options.seed)
         ready = Run(folder, options, start_model(options, folder), data, public)
         training = _private_training(ready, planned_release(options))  # refuses what cannot work, before anything runs
-        prepare(options, folder, ready.model, public)
+        prepare(options, folder, ready.model, data, public)
         folder.config.write_text(options.text)
     except BaseException:
         folder.discard()
