@@ -142,7 +142,7 @@ def test_interrupted_in_each_part_and_resumed(public, tmp_path, capsys):
 
 
 def test_a_beginning_goes_on_with_the_same_data_only(public, tmp_path, failure):
-    """An image fewer after the release: a person whom the ledger forgot. Other public files: not those that it names."""
+    """An image fewer after the release is a person whom the ledger forgot; other public files are not those named."""
     run, files = tmp_path / "run", {name: tmp_path / f"{name}.npz" for name in ("private", "public")}
     with np.load(public) as whole:
         kept = {name: {key: whole[key] for key in whole.files} for name in files}

@@ -145,7 +145,8 @@ class MLflow:
 class Writers:
     """All writers of a session; a context that closes them.
 
-    A service that fails while the run trains gets no more values; the run goes on, and so does TensorBoard.
+    A service that does not start, or fails while the run trains, gets no more values; the run goes on, and so does
+    TensorBoard.
 
     Args:
         run: the run folder.
@@ -160,11 +161,11 @@ class Writers:
     ) -> None:
         self._elsewhere: list[Writer] = []
         self._non_private, self._say = telemetry.non_private, say
-        if telemetry.wandb:
-            self._elsewhere.append(WeightsAndBiases(run, telemetry.project, config, telemetry.non_private))
-        if telemetry.mlflow:
-            self._elsewhere.append(MLflow(run, telemetry.project, config))
         self._log = TensorBoard(run / "tensorboard", done)
+        if telemetry.wandb:
+            self._start(WeightsAndBiases, run, telemetry.project, config, telemetry.non_private)
+        if telemetry.mlflow:
+            self._start(MLflow, run, telemetry.project, config)
 
     def __enter__(self) -> Writers:
         return self
@@ -180,6 +181,12 @@ class Writers:
         self._log.log(step, values)
         sent = {name: value for name, value in values.items() if self._non_private or is_private(name)}
         self._to_services(lambda writer: writer.log(step, sent))
+
+    def _start(self, service: Callable[..., Writer], *arguments: object) -> None:
+        try:
+            self._elsewhere.append(service(*arguments))
+        except Exception as error:  # as below; a release may have been made by now
+            self._say(f"{service.__name__} does not start, and gets nothing of this session: {reason_of(error)}")
 
     def _to_services(self, give: Callable[[Writer], None]) -> None:
         for writer in list(self._elsewhere):
