@@ -48,6 +48,18 @@ def test_a_public_copy_holds_nothing_that_is_not_private(copy):
     assert public.read_text().count("<img") == 3 and "href=" not in public.read_text().partition("<main")[2]
 
 
+def test_of_the_verification_nothing_counts_as_covered(copy):
+    """Its result is computed from the first batch without noise, and state/ has the differences themselves."""
+    whole, public = (words(write_report(copy, public=public)) for public in (False, True))
+    assert "Gradients compared with autograd exact not private" in whole and "compared with autograd" not in public
+    for said in (whole, public):
+        assert "state/ what a resume needs, figures of the verification among it not private" in said
+    change(copy, verification={"status": "turned off", "exact": None})
+    assert "Gradients compared with autograd turned off To check" in words(write_report(copy))
+    change(copy, verification={"status": "not exact", "exact": False})
+    assert "danger Gradients were not exact" in words(write_report(copy, public=True))
+
+
 def test_a_public_copy_does_not_say_in_which_folders_things_lie(copy):
     paths = {"data": {"path": "ward 7/scans"}, "finetune.from": "/home/eve/b", "x": ["~/a/dit.pt", r"C:\Mia\x.npz"]}
     kept = {"pretrain": {"path": "hf:owner/images"}, "class": "torch.optim.Adam", "model": "DiT-S/2"}

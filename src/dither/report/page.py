@@ -25,7 +25,7 @@ from dither.report.evaluation import evaluation_of
 from dither.report.remarks import remarks
 
 FILES = {
-    "certificate.json": ("the claim, for machines; its verification figures are not covered", True),
+    "certificate.json": ("the claim, for machines; its verification result is not covered", True),
     "model.safetensors": ("weights", True),
     "ema.safetensors": ("running average of the weights", True),
     "samples.png": ("generated images", True),
@@ -37,7 +37,7 @@ FILES = {
     "class_statistics.safetensors": ("noisy statistics of each class, released before the steps", True),
     "run.json": ("size, channels and classes of the images", True),
     "class_statistics.png": ("the same as pictures", True),
-    "state": ("what a resume needs; its verification figures are not covered", True),
+    "state": ("what a resume needs, figures of the verification among it", False),
     "tensorboard": ("curves, also of values that are not private", False),
     "evaluation.json": ("scores against real data", False),
     "evaluation": ("pictures of the evaluation, real images among them", False),
