@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from dither import errors
+from dither.accounting import CLASS_GAUSSIANS, CLASS_MEANS, Event
 from dither.rules import rule
 from dither.rules.rule import Rule, register_rule
 from dither.training import PrivateTraining
@@ -62,6 +63,19 @@ def resume(path):
 
 def said(training) -> dict:
     return json.loads(json.dumps(training.certificate(), allow_nan=False))["verification"]
+
+
+def test_the_mechanism_names_every_release_of_the_ledger():
+    steps = make().certificate()["mechanism"]
+    assert steps.startswith("DP-SGD: ") and "before" not in steps
+    means, gaussians = Event(1.0, 9.0, 1, CLASS_MEANS), Event(1.0, 9.0, 3, CLASS_GAUSSIANS)
+    for prior, named in (
+        ([means], "class means"),
+        ([means, Event(0.5, 9.0, 2, CLASS_MEANS), gaussians], "class means and class Gaussians"),
+    ):
+        said = make(prior=prior).certificate()
+        assert said["mechanism"] == f"{steps}; before it, {named} released with Gaussian noise"
+        assert all(event["release"] in said["mechanism"] for event in said["ledger"])
 
 
 def test_exact_not_run_and_turned_off_are_told_apart():

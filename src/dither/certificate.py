@@ -44,7 +44,7 @@ def certificate(training: PrivateTraining) -> dict[str, Any]:
         "format": FORMAT,
         "private": not reasons,
         "reasons": reasons,
-        "mechanism": "DP-SGD: Gaussian noise on sums of clipped per-example gradients of Poisson batches",
+        "mechanism": _mechanism(training),
         "neighbouring_relation": NEIGHBOURING_RELATION,
         "unit_of_privacy": "one example of the dataset",
         "epsilon": training.epsilon(),
@@ -68,6 +68,13 @@ def certificate(training: PrivateTraining) -> dict[str, Any]:
         "not_private_values_that_left_the_process": left,
         "versions": {"dither": _dither_version(), "torch": str(torch.__version__)},
     }
+
+
+def _mechanism(training: PrivateTraining) -> str:
+    """The steps' mechanism, and what the ledger has before them."""
+    steps = "DP-SGD: Gaussian noise on sums of clipped per-example gradients of Poisson batches"
+    earlier = " and ".join(dict.fromkeys(event.release for event in training.prior))
+    return f"{steps}; before it, {earlier} released with Gaussian noise" if earlier else steps
 
 
 def _verification(training: PrivateTraining) -> dict[str, Any]:

@@ -341,6 +341,7 @@ def test_a_warm_up_is_released_once_and_paid_for(tmp_path, capsys, kind, name):
     assert (run / "class_statistics.png").stat().st_size > 0
     certificate = json.loads((run / "certificate.json").read_text())
     assert [event["release"] for event in certificate["ledger"]] == [name, "gradients"]
+    assert certificate["mechanism"].endswith(f"Poisson batches; before it, {name} released with Gaussian noise")
     assert certificate["epsilon"] <= 3 and main(["certificate", "check", str(run / "certificate.json")]) == 0
     assert main(["train", f"--resume={run}"]) == 0
     assert (run / "class_statistics.safetensors").read_bytes() == release
