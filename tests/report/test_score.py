@@ -39,9 +39,10 @@ def test_the_report_tells_two_claims_apart(copy, public):
     said = words(write_report(copy, public=public))
     for expected in (
         "0.8531, of CNN trained on generated images covered by its own guarantee",
-        f"epsilon {spent:.6f} at delta 1e-05, by releases with noise multiplier",
+        f"Spent on them by the scores in this folder epsilon {spent:.6f} at delta 1e-05, by releases with noise multiplier",
         "The certificate protects the training examples and says nothing of held-out ones",
         "note A second budget. 2 private scores of held-out images spent epsilon",
+        "Only the scores in this folder are counted: those in other folders, of dither evaluate --output or of other",
         "images held out 360 may be published",
     ):
         assert expected in said
@@ -61,7 +62,7 @@ def test_the_check_speaks_of_both(copy, capsys):
     assert main(["certificate", "check", str(copy)]) == 0
     out = capsys.readouterr().out
     assert "It holds: epsilon" in out and "2 private scores of held-out images" in out
-    assert "no part of the certificate" in out
+    assert "no part of the certificate" in out and "Only the scores in this folder are counted" in out
     assert main(["certificate", "check", str(copy / "certificate.json")]) == 0
     assert "held-out" not in capsys.readouterr().out
     assert (copy / "certificate.json").read_bytes() == certificate

@@ -14,9 +14,10 @@ _SAME = 1e-6  # relative, as for certificates
 
 @dataclass(frozen=True)
 class ScoreClaim:
-    """What was released from the held-out images of a run.
+    """What was released from held-out images into one folder.
 
-    Guarantee: (epsilon, delta)-differential privacy of one held-out image, added or removed, for all releases together.
+    Guarantee: (epsilon, delta)-differential privacy of one held-out image, added or removed, for all releases into this
+    folder together. What other folders hold of the same images comes on top.
 
     Attributes:
         accuracy: noisy share of rightly classified images; None where the last evaluation released none.
@@ -39,12 +40,14 @@ class ScoreClaim:
 
     @property
     def words(self) -> str:
-        """The claim in two sentences."""
+        """The claim, what it is no part of, and what it leaves out."""
         count = len(self.noise_multipliers)
         return (
             f"{'One private score' if count == 1 else f'{count} private scores'} of held-out images spent epsilon "
             f"{self.epsilon:.4g} at delta {self.delta:g} on each of them. This is no part of the certificate: that one "
-            "protects the training examples and nobody held out; whoever is in both has spent both."
+            "protects the training examples and nobody held out; whoever is in both has spent both. Only the scores in "
+            "this folder are counted: those in other folders, of dither evaluate --output or of other runs on the same "
+            "data, come on top."
         )
 
 
