@@ -56,13 +56,37 @@ def test_every_command_is_there(site):
         assert not missing, name
 
 
-@pytest.mark.parametrize("module", ["dither", "dither.opacus", "dither.diffusion", "dither.data", "dither.release"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        "dither",
+        "dither.opacus",
+        "dither.diffusion",
+        "dither.diffusion.checkpoints",
+        "dither.data",
+        "dither.release",
+        "dither.evaluation",
+        "dither.telemetry",
+        "dither.accounting",
+    ],
+)
 def test_every_public_name_is_there(site, module):
     page = (site / "api" / module / "index.html").read_text()
     names = [name for name in importlib.import_module(module).__all__ if not name.startswith("__")]
     assert names
     for name in names:
         assert re.search(rf'id="{module}[.a-z]*\.{name}"', page) or f"<code>{name}</code>" in page, name
+
+
+def test_what_the_guides_import_is_in_the_reference(site):
+    text = "\n".join(document.read_text() for document in (ROOT / "README.md", *GUIDES))
+    imports = re.findall(r"^from (dither[.\w]*) import ([\w, ]+)", text, re.MULTILINE)
+    assert imports
+    for module, names in imports:
+        page = site / "api" / module / "index.html"
+        assert page.is_file(), module
+        for name in names.split(","):
+            assert re.search(rf"{module}(\.\w+)*\.{name.strip()}\b", page.read_text()), f"{module}.{name}"
 
 
 def test_links_of_the_root_pages_lead_to_pages(site):

@@ -39,7 +39,7 @@ def test_the_report_tells_two_claims_apart(copy, public):
     said = words(write_report(copy, public=public))
     for expected in (
         "0.8531, of CNN trained on generated images covered by its own guarantee",
-        f"Spent on them by the scores in this folder epsilon {spent:.6f} at delta 1e-05, by releases with noise multiplier",
+        f"Spent on them by the scores in this folder epsilon {spent:.6f} at delta 1e-05, by releases with noise",
         "The certificate protects the training examples and says nothing of held-out ones",
         "note A second budget. 2 private scores of held-out images spent epsilon",
         "Only the scores in this folder are counted: those in other folders, of dither evaluate --output or of other",

@@ -18,6 +18,8 @@ from dither.diffusion.dit import HEADS, DiT
 from dither.diffusion.embeddings import position_sinusoids
 from dither.errors import CheckpointError, OutputPathError, reason_of
 
+__all__ = ["load_dit", "save_dit"]
+
 _LABELS = "y_embedder.embedding_table.weight"
 
 
