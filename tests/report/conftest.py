@@ -30,6 +30,15 @@ def run(tmp_path_factory) -> Path:
     return output
 
 
+@pytest.fixture(scope="session")
+def evaluated(run, tmp_path_factory) -> Path:
+    """The same run after an evaluation that left figures, a private score and a picture."""
+    folder = shutil.copytree(run, tmp_path_factory.mktemp("evaluated") / run.name)
+    assert main(["evaluate", str(folder), "--count=4", "--classifiers", "CNN", "--private_score=1"]) == 0
+    assert main(["report", str(folder)]) == 0
+    return Path(folder)
+
+
 @pytest.fixture
 def copy(run, tmp_path) -> Path:
     return Path(shutil.copytree(run, tmp_path / run.name))

@@ -116,8 +116,11 @@ def test_every_section_is_there_in_order_and_nothing_is_wider_than_the_screen(br
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(PHONE, "light"), (DESK, "dark")])
-def test_accessible_by_axe_and_by_contrast(browser, report, width, scheme):
+@pytest.mark.parametrize(("folder", "pictures"), [("run", 3), ("evaluated", 4)])
+def test_accessible_by_axe_and_by_contrast(browser, folder, pictures, width, scheme, request):
+    report = request.getfixturevalue(folder) / "report.html"
     with opened(browser, report, width, scheme) as page:
+        assert page.evaluate("document.documentElement.scrollWidth") == width
         page.evaluate(AXE.read_text())
         found = page.evaluate("axe.run()")
         assert [(v["id"], v["nodes"][0]["html"]) for v in found["violations"]] == []
@@ -131,7 +134,10 @@ def test_accessible_by_axe_and_by_contrast(browser, report, width, scheme):
         assert levels[0] == 1 and levels.count(1) == 1
         assert all(below - above <= 1 for above, below in itertools.pairwise(levels))
         alts = page.evaluate("[...document.images].map((i) => i.alt)")
-        assert len(set(alts)) == len(alts) == 3 and "after step 2" in alts[0]
+        assert len(set(alts)) == len(alts) == pictures and "after step 2" in alts[0]
+        if folder == "evaluated":
+            assert page.locator("#evaluation tr").count() > 10 and page.locator("#evaluation dl dt").count() == 4
+            assert "nearest training images" in alts[-1]
 
 
 def test_the_keyboard_reaches_every_link_and_shows_where_it_is(browser, report):
