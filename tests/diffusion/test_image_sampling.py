@@ -141,5 +141,7 @@ def test_grid(tmp_path):
     assert picture.mode == "RGB" and picture.size == image_grid(images, labels).size
     assert picture.height > 3 * 48 and picture.width > 3 * 48
     image_grid(torch.zeros(1, 3, 64, 64), torch.zeros(1, dtype=torch.int64))
+    named = image_grid(images, labels, ["ankle boot, left and right", "bag", "-", "\u978b"])
+    assert named.height == picture.height and picture.width < named.width < picture.width + 150
     with pytest.raises(OutputPathError):
         save_grid(images, labels, tmp_path / "missing" / "grid.png")

@@ -84,7 +84,7 @@ def write_samples(
     finally:
         load(model, raw)
     file.parent.mkdir(exist_ok=True)
-    save_grid(pictures(drawn, images), labels, file)
+    save_grid(pictures(drawn, images), labels, file, images.class_names)
 
 
 def load(model: nn.Module, weights: Mapping[str, Tensor]) -> None:

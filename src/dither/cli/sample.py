@@ -207,5 +207,5 @@ def _write(
         console.print(f"{written} PNGs in {options.folder}", soft_wrap=True)
     if grid is not None:
         shown = first_of_each(labels, GRID_PER_CLASS)
-        save_grid(pictures(drawn[shown], images), labels[shown], grid)
+        save_grid(pictures(drawn[shown], images), labels[shown], grid, images.class_names)
         console.print(f"{len(shown)} images in {grid}", soft_wrap=True)

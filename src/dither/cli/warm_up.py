@@ -107,7 +107,7 @@ def release(options: Options, folder: RunFolder, data: ImageData, console: Conso
         shown, labels, said = found.images, found.labels, "mean"
     found.save(file)
     if images.latents is None:
-        save_grid(shown, labels, file.with_suffix(".png"))
+        save_grid(shown, labels, file.with_suffix(".png"), images.class_names)
     console.print(f"Warm-up: a noisy {said} of each class is released, at noise {event.noise_multiplier:.3g}.")
     return found
 

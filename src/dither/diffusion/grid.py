@@ -1,8 +1,10 @@
-"""Write sampled images as one picture: a row per class, its label in front."""
+"""Write sampled images as one picture: a row per class, its name or number in front."""
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,22 +20,25 @@ if TYPE_CHECKING:
 
 _GAP = 2  # pixels between images
 _SHORTEST_SIDE = 48  # smaller images are enlarged to about this, by whole pixels
-_MARGIN = 64  # room for the label
+_MARGIN = 64  # least room for the label
+_LONGEST_NAME = 24  # letters
 
 
-def image_grid(images: Tensor, labels: Tensor) -> Image:
-    """Lay images out, one row per class in ascending order, the class id in front of its row.
+def image_grid(images: Tensor, labels: Tensor, class_names: Sequence[str] | None = None) -> Image:
+    """Lay images out, one row per class in ascending order, its name in front of its row.
 
     Small images are enlarged by repeating pixels, so that 8 x 8 digits are readable.
 
     Args:
         images: (N, C, H, W) in [-1, 1]; C is 1 (grey) or 3 (RGB), otherwise the first channel is shown.
         labels: (N,) int64.
+        class_names: by label; None, or none, shows their numbers. Long ones are cut; one in other letters than
+            Latin ones is its number.
 
     Returns:
         A Pillow RGB image.
     """
-    from PIL import Image, ImageDraw
+    from PIL import Image, ImageDraw, ImageFont
 
     images = images.detach().float().cpu()
     labels = labels.detach().cpu()
@@ -44,26 +49,40 @@ def image_grid(images: Tensor, labels: Tensor) -> Image:
     height, width = pixels.shape[-2] + _GAP, pixels.shape[-1] + _GAP
     classes = sorted(set(labels.tolist()))
     longest = max((int((labels == label).sum()) for label in classes), default=0)
-    canvas = Image.new("RGB", (_MARGIN + longest * width + _GAP, len(classes) * height + _GAP), "white")
+    names = [_shown(label, class_names) for label in classes]
+    font = ImageFont.load_default()
+    margin = max([_MARGIN, *(16 + math.ceil(font.getlength(name)) for name in names)])
+    canvas = Image.new("RGB", (margin + longest * width + _GAP, len(classes) * height + _GAP), "white")
     pen = ImageDraw.Draw(canvas)
-    for row, label in enumerate(classes):
+    for row, (label, name) in enumerate(zip(classes, names, strict=True)):
         top = _GAP + row * height
-        pen.text((8, top + height // 2 - 6), str(label), fill="black")
+        pen.text((8, top + height // 2 - 6), name, fill="black", font=font)
         for column, picture in enumerate(pixels[labels == label]):
             tile = Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy())
-            canvas.paste(tile, (_MARGIN + column * width, top))
+            canvas.paste(tile, (margin + column * width, top))
     return canvas
 
 
-def save_grid(images: Tensor, labels: Tensor, path: str | os.PathLike[str]) -> Path:
-    """Write `image_grid(images, labels)` to a file (PNG by its name) and return the path.
+def _shown(label: int, class_names: Sequence[str] | None) -> str:
+    name = class_names[label] if class_names else str(label)
+    try:
+        name.encode("latin-1")
+    except UnicodeEncodeError:  # letters that Pillow's own font lacks
+        return str(label)
+    return name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 3]}..."
+
+
+def save_grid(
+    images: Tensor, labels: Tensor, path: str | os.PathLike[str], class_names: Sequence[str] | None = None
+) -> Path:
+    """Write `image_grid(images, labels, class_names)` to a file (PNG by its name) and return the path.
 
     Raises:
         OutputPathError: the file cannot be written.
     """
     target = Path(path)
     try:
-        image_grid(images, labels).save(target)
+        image_grid(images, labels, class_names).save(target)
     except (OSError, ValueError) as error:
         raise OutputPathError(
             f"cannot write {target}: {error}", fix="choose a writable path that ends in .png"
