@@ -230,6 +230,7 @@ class Made(nn.Module):
         (lambda x, w: x * w, [(5, 6)]),
         (lambda x, w, b: F.layer_norm(x, (6,), w, b), [(6,), (6,)]),
         (lambda x, w: F.prelu(x, w), [(5,)]),
+        (lambda x, w: torch.cat([x, w.expand(4, 3, 6)], 1), [(1, 3, 6)]),
         (lambda x, w: torch.cdist(x, w), [(30, 6)]),  # without a rule
         (lambda x, w: F.linear(x * w, w.view(1, -1)), [(6,)]),
     ],

@@ -12,6 +12,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from dither.allocator import reuses
 from dither.capture.uses import ParamUse
@@ -271,11 +272,11 @@ class Added:
             add_weighted(gradients, weights, into)
 
 
-def pull_back(computed: Tensor, gradients: Tensor, leaves: list[Tensor]) -> list[Tensor | None]:
+def pull_back(computed: Tensor | GradientEdge, gradients: Tensor, leaves: list[Tensor]) -> list[Tensor | None]:
     """Per-example gradients of a tensor computed from parameters, as gradients of the parameters.
 
     Args:
-        computed: the tensor, with its graph.
+        computed: the tensor, with its graph, or its place in the graph; or one of the parameters.
         gradients: (B, *computed.shape).
         leaves: the parameters.
 
@@ -285,12 +286,16 @@ def pull_back(computed: Tensor, gradients: Tensor, leaves: list[Tensor]) -> list
     Raises:
         UnsupportedOpError: no derivative can be taken for one example alone.
     """
-    gradients = gradients.to(computed.dtype)
+    if isinstance(computed, Tensor):
+        gradients = gradients.to(computed.dtype)
+        if computed.is_leaf:
+            return [gradients if leaf is computed else None for leaf in leaves]
 
     def pulled(sent: Tensor, batched: bool) -> Sequence[Tensor | None]:
-        return torch.autograd.grad(
-            computed, leaves, sent, is_grads_batched=batched, retain_graph=True, allow_unused=True
-        )
+        with torch.enable_grad():
+            return torch.autograd.grad(
+                computed, leaves, sent, is_grads_batched=batched, retain_graph=True, allow_unused=True
+            )
 
     with suppress(RuntimeError):  # something in the derivative has no batching rule
         return list(pulled(gradients, True))
@@ -298,8 +303,8 @@ def pull_back(computed: Tensor, gradients: Tensor, leaves: list[Tensor]) -> list
         columns = list(zip(*(pulled(row, False) for row in gradients), strict=True))
     except RuntimeError as error:
         raise UnsupportedOpError(
-            f"A tensor of shape {tuple(computed.shape)} computed from parameters has no derivative that can be taken "
-            f"for one example alone: {error}",
+            f"A tensor of shape {tuple(gradients.shape[1:])} computed from parameters has no derivative that can be "
+            f"taken for one example alone: {error}",
             fix="write what computes it with other torch operations",
         ) from error
     zeros = [torch.zeros_like(leaf, requires_grad=False) for leaf in leaves]

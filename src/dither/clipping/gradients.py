@@ -10,6 +10,7 @@ from torch import Tensor
 from dither.capture.coverage import leaves_of
 from dither.capture.uses import ParamUse
 from dither.clipping.collectors import Added, Buffers, Collector, Crossed, Held, NotFormed, pull_back
+from dither.clipping.expanded import expansion_of
 from dither.clipping.functions import all_finite
 from dither.clipping.machine import free_memory
 from dither.clipping.plan import Candidate, Plan, make_plan
@@ -75,9 +76,13 @@ class Gradients:
             self.collectors[use.name].receive(use, grad_output)
             return
         names = self._leaves_of(use)
-        gradients = use.rule.per_example_gradient(use, grad_output)
-        with torch.enable_grad():
-            pulled = pull_back(use.parameter, gradients, [self._parameters[n] for n in names])
+        leaves = [self._parameters[n] for n in names]
+        expansion = expansion_of(use)
+        if expansion is None:
+            pulled = pull_back(use.parameter, use.rule.per_example_gradient(use, grad_output), leaves)
+        else:
+            gradients = expansion.per_example_gradient(use, grad_output).to(use.parameter.dtype)
+            pulled = pull_back(expansion.base, gradients, leaves)
         for name, gradient in zip(names, pulled, strict=True):
             collector = self.collectors[name]
             if gradient is None:

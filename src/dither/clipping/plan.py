@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from dither.capture.uses import ParamUse
+from dither.clipping.expanded import expansion_of
 from dither.clipping.machine import Rates, rates_of
 from dither.errors import MemoryBudgetError, UnknownStrategyError
 from dither.rules.rule import Cost
@@ -229,7 +230,7 @@ def _made_on_the_way(candidates: Sequence[Candidate], held_bytes: Mapping[str, f
     excess = 0.0
     for candidate in candidates:
         use = candidate.use
-        if not candidate.direct and use.axis is not None:
+        if not candidate.direct and use.axis is not None and expansion_of(use) is None:
             made = float(use.batch * use.parameter.numel() * use.parameter.element_size())
             excess = max(excess, made - sum(held_bytes[name] for name in candidate.leaves))
     return excess

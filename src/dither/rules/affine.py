@@ -66,10 +66,22 @@ class Elementwise(Rule):
 
     def per_example_gradient(self, use: ParamUse, grad_output: Tensor, out: Tensor | None = None) -> Tensor:
         """Entrywise gradients summed over the broadcast."""
+        return reduce_broadcast(use, self._entries(use, grad_output), use.parameter.shape)
+
+    def own_axis(self, use: ParamUse) -> int | None:
+        """The axis that broadcasting puts on the examples', if it is as long."""
+        layout = use.examples
+        axis = layout.axis - (len(use.call.output_shape) - use.parameter.dim())
+        return axis if axis >= 0 and use.parameter.shape[axis] == layout.size else None
+
+    def own_entries(self, use: ParamUse, grad_output: Tensor) -> Tensor:
+        """Entrywise gradients summed over the other axes' broadcast."""
+        return self._entries(use, grad_output).sum_to_size(use.parameter.shape)
+
+    def _entries(self, use: ParamUse, grad_output: Tensor) -> Tensor:
         entries = self.entries(use, grad_output)
-        if entries.is_complex() and not use.parameter.is_complex():
-            entries = entries.real  # a real parameter has no imaginary part to change
-        return reduce_broadcast(use, entries, use.parameter.shape)
+        # A real parameter has no imaginary part to change.
+        return entries.real if entries.is_complex() and not use.parameter.is_complex() else entries
 
 
 class BroadcastAdd(Elementwise):

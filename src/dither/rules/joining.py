@@ -33,18 +33,32 @@ class Joined(Rule):
 
     def per_example_gradient(self, use: ParamUse, grad_output: Tensor, out: Tensor | None = None) -> Tensor:
         """Shape (B, *tensor.shape)."""
-        dim = use.operand("dim") % grad_output.dim()
-        before = [use.operand(name) for name in _NAMES[: _NAMES.index(str(use.slot))]]
-        start = sum(t.shape[dim] for t in before if t.dim() == grad_output.dim())  # cat skips empty vectors
-        part = grad_output.narrow(dim, start, use.parameter.shape[dim])
+        dim, start = self._place(use, grad_output.dim())
+        part = self.own_entries(use, grad_output)
         layout = use.examples
         owners = layout.owners(part.device)
         if layout.axis == dim:
             owners = owners[start : start + use.parameter.shape[dim]]
         owners = owners.view(-1, *[1] * (part.dim() - layout.axis - 1))
         examples = torch.arange(layout.batch, device=part.device).view(-1, *[1] * part.dim())
-        part = part.real if part.is_complex() and not use.parameter.is_complex() else part
         return torch.where(owners == examples, part, 0)
+
+    def own_axis(self, use: ParamUse) -> int | None:
+        """The examples' axis, unless the tensors are joined along it."""
+        dim, _ = self._place(use, len(use.call.output_shape))
+        return use.examples.axis if use.examples.axis != dim else None
+
+    def own_entries(self, use: ParamUse, grad_output: Tensor) -> Tensor:
+        """The tensor's part of the output gradient."""
+        dim, start = self._place(use, grad_output.dim())
+        part = grad_output.narrow(dim, start, use.parameter.shape[dim])
+        return part.real if part.is_complex() and not use.parameter.is_complex() else part
+
+    def _place(self, use: ParamUse, axes: int) -> tuple[int, int]:
+        """The axis along which tensors are joined, and where on it this one begins."""
+        dim = use.operand("dim") % axes
+        before = [use.operand(name) for name in _NAMES[: _NAMES.index(str(use.slot))]]
+        return dim, sum(t.shape[dim] for t in before if t.dim() == axes)  # cat skips empty vectors
 
 
 def _cat(tensors: Sequence[Tensor], dim: int = 0, *, axis: int | None = None) -> Tensor:

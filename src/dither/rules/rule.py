@@ -70,6 +70,17 @@ class Rule:
         """Add the sum over examples of weights[i] * gradient i to `into`, shape parameter.shape."""
         add_weighted(self.per_example_gradient(use, grad_output), weights, into)
 
+    def own_axis(self, use: ParamUse) -> int | None:
+        """The operand's axis whose entry r meets entry r of the output's examples' axis, and no other; None if none.
+
+        Then `own_entries` gives what the operand's gradient consists of.
+        """
+        return None
+
+    def own_entries(self, use: ParamUse, grad_output: Tensor) -> Tensor:
+        """Gradient of each entry of the operand, shape parameter.shape, over all examples: each is one example's."""
+        raise NotImplementedError
+
     def crosses(self, use: ParamUse) -> bool:
         """Whether `row_factors` gives the use's rows."""
         return False
