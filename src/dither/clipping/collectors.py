@@ -16,6 +16,8 @@ from torch.autograd.graph import GradientEdge
 
 from dither.allocator import reuses
 from dither.capture.uses import ParamUse
+from dither.clipping import one_by_one
+from dither.clipping.one_by_one import Room
 from dither.errors import SavedInputChangedError, UnsupportedOpError
 from dither.rules.crossing import crossed_norm
 from dither.rules.rule import add_weighted, squared_rows
@@ -43,8 +45,12 @@ class Collector(Protocol):
         """Per-example gradients (B, *shape), formed now if they were not; None if no gradient arrived."""
         ...
 
-    def add_weighted_sum(self, weights: Tensor, into: Tensor) -> None:
-        """Add sum_i weights[i] * gradient i to `into`."""
+    def wide_squared_norm(self, examples: Sequence[int]) -> Tensor | None:
+        """Squared norms of some examples from the gradients themselves, float64; None if no gradient arrived."""
+        ...
+
+    def add_weighted_sum(self, weights: Tensor, into: Tensor, dropped: Tensor | None = None) -> None:
+        """Add sum_i weights[i] * gradient i to `into`; `dropped`, bool (B,): which to leave out, whatever they are."""
         ...
 
 
@@ -108,90 +114,135 @@ class Held:
             check_gradient(self._gradients, self._version)
         return self._gradients
 
-    def add_weighted_sum(self, weights: Tensor, into: Tensor) -> None:
+    def wide_squared_norm(self, examples: Sequence[int]) -> Tensor | None:
+        """Of what is held."""
+        return _wide_squares(self.formed(), examples)
+
+    def add_weighted_sum(self, weights: Tensor, into: Tensor, dropped: Tensor | None = None) -> None:
         """A weighted sum over the first axis."""
-        held = self.formed()
-        if held is not None:
-            add_weighted(held, weights, into)
+        _add(self.formed(), weights, into, dropped)
 
 
-class NotFormed:
-    """Keeps input and output gradient of a parameter that is used once; strategy ghost or tile."""
+class Unformed:
+    """Keeps inputs and output gradients of a parameter's uses; forms what a few rare examples need.
 
-    def __init__(self, strategy: str) -> None:
+    Args:
+        strategy: its name.
+        room: what may be formed for these; beyond it each example's gradient is taken alone.
+    """
+
+    def __init__(self, strategy: str, room: Room) -> None:
         self.strategy = strategy
-        self._kept: tuple[ParamUse, Tensor] | None = None
-        self._formed: Tensor | None = None
-        self._squared: Tensor | None = None
-        self._version = 0
-
-    def receive(self, use: ParamUse, grad_output: Tensor) -> None:
-        """Compute the norm at once, while the tensors are in cache; where rows cancel, form the gradients."""
-        self._version = grad_output._version
-        norm = use.rule.squared_norm if self.strategy == "ghost" else use.rule.tile_squared_norm
-        self._squared = norm(use, grad_output)
-        if self._squared is None:
-            self._formed = use.rule.per_example_gradient(use, grad_output)
-            self._squared = squared_rows(self._formed)
-        else:
-            self._kept = use, grad_output
-
-    @property
-    def keeps_inputs(self) -> bool:
-        """Until it is told to forget, or if the gradients were formed."""
-        return self._kept is not None
-
-    @property
-    def needs_pass(self) -> bool:
-        """Whether the sum takes another backward pass (for two passes)."""
-        return self._formed is None
-
-    def forget(self) -> None:
-        """Drop the tensors, keep the norm (for two passes)."""
-        self._kept = None
-
-    def squared_norm(self) -> Tensor | None:
-        """As computed on arrival."""
-        return self._squared
-
-    def formed(self) -> Tensor | None:
-        """Formed now, for the rare examples that need it."""
-        if self._kept is None:
-            return self._formed
-        use, grad_output = self._kept
-        check_gradient(grad_output, self._version)
-        gradients: Tensor = use.rule.per_example_gradient(use, grad_output)
-        return gradients
-
-    def add_weighted_sum(self, weights: Tensor, into: Tensor) -> None:
-        """One weighted product over all rows."""
-        if self._formed is not None:
-            add_weighted(self._formed, weights, into)
-        elif self._kept is not None:
-            use, grad_output = self._kept
-            use.call.check_unchanged()
-            check_gradient(grad_output, self._version)
-            use.rule.add_weighted_sum(use, grad_output, weights, into)
-
-
-class Crossed:
-    """Keeps inputs and output gradients of all uses of a parameter; multiplies each use's rows with every other's."""
-
-    strategy = "cross"
-    keeps_inputs = True
-
-    def __init__(self) -> None:
+        self._room = room
         self._kept: list[tuple[ParamUse, Tensor, int]] = []
         self._formed: Tensor | None = None
+        self._alone = False
 
-    def receive(self, use: ParamUse, grad_output: Tensor) -> None:
-        """Keep them: the norm needs all."""
+    def _keep(self, use: ParamUse, grad_output: Tensor) -> None:
         self._kept.append((use, grad_output, grad_output._version))
 
     def _received(self) -> list[tuple[ParamUse, Tensor]]:
         for _, grad_output, version in self._kept:
             check_gradient(grad_output, version)
         return [(use, grad_output) for use, grad_output, _ in self._kept]
+
+    def _norm_of_cancelling_rows(self) -> Tensor:
+        """Norms of the gradients themselves, of which the sum is taken then too."""
+        received = self._received()
+        if self._room.hold(received):
+            self._formed = self.formed()
+            assert self._formed is not None
+            return squared_rows(self._formed)
+        self._alone = True
+        return one_by_one.squared_norms(received, range(received[0][0].batch), self._room)
+
+    def formed(self) -> Tensor | None:
+        """Formed now, for the rare examples that need it."""
+        if self._formed is not None:
+            return self._formed
+        every = Added()
+        for use, grad_output in self._received():
+            every.receive(use, grad_output)
+        return every.formed()
+
+    def wide_squared_norm(self, examples: Sequence[int]) -> Tensor | None:
+        """Of gradients that are formed for it, all at once where there is room."""
+        if self._formed is None and self._kept and not self._room.fits(received := self._received()):
+            return one_by_one.squared_norms(received, examples, self._room)
+        return _wide_squares(self.formed(), examples)
+
+    def add_weighted_sum(self, weights: Tensor, into: Tensor, dropped: Tensor | None = None) -> None:
+        """One weighted product a use, over all rows; or of what was formed."""
+        if self._formed is not None:
+            _add(self._formed, weights, into, dropped)
+            return
+        received = self._received()
+        if not received:
+            return
+        for use, _ in received:
+            use.call.check_unchanged()
+        if self._alone:
+            for example in range(len(weights)) if dropped is None else (~dropped).nonzero().flatten().tolist():
+                gradient = one_by_one.gradient_of(received, example)
+                into.add_(gradient.mul_(weights[example].to(gradient.dtype)))
+        elif dropped is not None and self._room.fits(received):
+            _add(self.formed(), weights, into, dropped)
+        else:
+            for use, grad_output in received:
+                if dropped is not None:
+                    use, grad_output = one_by_one.without(use, grad_output, dropped)
+                use.rule.add_weighted_sum(use, grad_output, weights, into)
+
+
+class NotFormed(Unformed):
+    """Keeps input and output gradient of a parameter that is used once; strategy ghost or tile."""
+
+    def __init__(self, strategy: str, room: Room) -> None:
+        super().__init__(strategy, room)
+        self._squared: Tensor | None = None
+
+    def receive(self, use: ParamUse, grad_output: Tensor) -> None:
+        """Compute the norm at once, while the tensors are in cache; where rows cancel, form the gradients."""
+        self._kept.clear()
+        self._keep(use, grad_output)
+        norm = use.rule.squared_norm if self.strategy == "ghost" else use.rule.tile_squared_norm
+        self._squared = norm(use, grad_output)
+        if self._squared is None:
+            self._squared = self._norm_of_cancelling_rows()
+            if self._formed is not None:
+                self._kept.clear()
+
+    @property
+    def keeps_inputs(self) -> bool:
+        """Until it is told to forget, or if the gradients were formed."""
+        return bool(self._kept)
+
+    @property
+    def needs_pass(self) -> bool:
+        """Whether the sum takes another backward pass (for two passes)."""
+        return self._formed is None and not self._alone
+
+    def forget(self) -> None:
+        """Drop the tensors, keep the norm (for two passes), unless each example's gradient is taken from them again."""
+        if not self._alone:
+            self._kept.clear()
+
+    def squared_norm(self) -> Tensor | None:
+        """As computed on arrival."""
+        return self._squared
+
+
+class Crossed(Unformed):
+    """Keeps inputs and output gradient of all uses of a parameter; multiplies each use's rows with every other's."""
+
+    keeps_inputs = True
+
+    def __init__(self, room: Room) -> None:
+        super().__init__("cross", room)
+
+    def receive(self, use: ParamUse, grad_output: Tensor) -> None:
+        """Keep them: the norm needs all."""
+        self._keep(use, grad_output)
 
     def squared_norm(self) -> Tensor | None:
         """From the products of all rows; where these cancel, of the gradients, which the sum then takes as well."""
@@ -204,29 +255,7 @@ class Crossed:
             squared = use.rule.squared_norm(use, grad_output)
         else:
             squared = crossed_norm([use.rule.row_factors(use, g) for use, g in received])
-        if squared is not None:
-            return squared
-        self._formed = self.formed()
-        assert self._formed is not None
-        return squared_rows(self._formed)
-
-    def formed(self) -> Tensor | None:
-        """Formed now, for the rare examples that need it."""
-        if self._formed is not None:
-            return self._formed
-        every = Added()
-        for use, grad_output in self._received():
-            every.receive(use, grad_output)
-        return every.formed()
-
-    def add_weighted_sum(self, weights: Tensor, into: Tensor) -> None:
-        """One weighted product a use."""
-        if self._formed is not None:
-            add_weighted(self._formed, weights, into)
-            return
-        for use, grad_output in self._received():
-            use.call.check_unchanged()
-            use.rule.add_weighted_sum(use, grad_output, weights, into)
+        return self._norm_of_cancelling_rows() if squared is None else squared
 
 
 class Added:
@@ -265,11 +294,24 @@ class Added:
             check_gradient(self._gradients, self._version)
         return self._gradients
 
-    def add_weighted_sum(self, weights: Tensor, into: Tensor) -> None:
+    def wide_squared_norm(self, examples: Sequence[int]) -> Tensor | None:
+        """Of the sum of all uses."""
+        return _wide_squares(self.formed(), examples)
+
+    def add_weighted_sum(self, weights: Tensor, into: Tensor, dropped: Tensor | None = None) -> None:
         """A weighted sum over the first axis."""
-        gradients = self.formed()
-        if gradients is not None:
-            add_weighted(gradients, weights, into)
+        _add(self.formed(), weights, into, dropped)
+
+
+def _wide_squares(gradients: Tensor | None, examples: Sequence[int]) -> Tensor | None:
+    if gradients is None:
+        return None
+    return torch.stack([one_by_one.squared_norm(gradients[example]) for example in examples])
+
+
+def _add(gradients: Tensor | None, weights: Tensor, into: Tensor, dropped: Tensor | None) -> None:
+    if gradients is not None:
+        add_weighted(gradients, weights, into, None if dropped is None else ~dropped)
 
 
 def pull_back(computed: Tensor | GradientEdge, gradients: Tensor, leaves: list[Tensor]) -> list[Tensor | None]:

@@ -13,10 +13,10 @@ from dither.clipping.collectors import Added, Buffers, Collector, Crossed, Held,
 from dither.clipping.expanded import expansion_of
 from dither.clipping.functions import all_finite
 from dither.clipping.machine import free_memory
+from dither.clipping.one_by_one import Room
 from dither.clipping.plan import Candidate, Plan, make_plan
 from dither.clipping.recording import Recorded
 from dither.errors import CoverageError
-from dither.rules.rule import add_weighted
 
 
 class Gradients:
@@ -39,9 +39,12 @@ class Gradients:
             None if len(recordings) > 1 else (strategy, memory_budget, tuple(tuple(self._leaves_of(u)) for u in uses)),
             lambda: self._make_plan(uses, strategy, memory_budget),
         )
+        room = Room()
+        if memory_budget is not None and strategy != "hold":
+            room = Room(memory_budget - sum(planned.held_bytes for planned in self.plan.uses), memory_budget)
         for use, planned in zip(uses, self.plan.uses, strict=True):
             for name in self._leaves_of(use):
-                self.collectors.setdefault(name, _collector(planned.strategy, recordings[0].buffers))
+                self.collectors.setdefault(name, _collector(planned.strategy, recordings[0].buffers, room))
         self.complete = True
         """Whether every norm that was last given is finite."""
 
@@ -131,9 +134,9 @@ class Gradients:
         examples = (~torch.isfinite(squared)).nonzero().flatten()
         again = torch.zeros_like(squared[examples])
         for collector in self.collectors.values():
-            gradients = collector.formed()
-            if gradients is not None:
-                again += gradients[examples].double().reshape(len(examples), -1).square().sum(1)
+            part = collector.wide_squared_norm(examples.tolist())
+            if part is not None:
+                again += part.to(again.device)
         squared[examples] = again
 
     def add_weighted_sum(self, weights: Tensor, into: Mapping[str, Tensor], dropped: Tensor | None = None) -> None:
@@ -142,20 +145,15 @@ class Gradients:
         if dropped is not None and not bool(dropped.any()):
             dropped = None
         for name, collector in self.collectors.items():
-            if dropped is None:
-                dtype = into[name].dtype
-                if dtype not in cast:  # once, not once a parameter
-                    cast[dtype] = weights.to(torch.promote_types(dtype, torch.float32))
-                collector.add_weighted_sum(cast[dtype], into[name])
-                continue
-            gradients = collector.formed()
-            if gradients is not None:
-                add_weighted(gradients, weights, into[name], ~dropped)
+            dtype = into[name].dtype
+            if dtype not in cast:  # once, not once a parameter
+                cast[dtype] = weights.to(torch.promote_types(dtype, torch.float32))
+            collector.add_weighted_sum(cast[dtype], into[name], dropped)
 
 
-def _collector(strategy: str, buffers: Buffers) -> Collector:
+def _collector(strategy: str, buffers: Buffers, room: Room) -> Collector:
     if strategy == "hold":
         return Held(buffers)
     if strategy == "cross":
-        return Crossed()
-    return Added() if strategy == "form" else NotFormed(strategy)
+        return Crossed(room)
+    return Added() if strategy == "form" else NotFormed(strategy, room)
