@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from dither.clipping.cgroups import left_by_cgroups
 from dither.files import replacing
 
 
@@ -101,9 +102,13 @@ def measure(device: torch.device) -> Rates:
 
 
 def free_memory(device: torch.device) -> float:
-    """Bytes free on a device; of the machine for a CPU, with what it would give up at once."""
+    """Bytes free on a device; of the machine or the container for a CPU, with what it would give up at once."""
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
+    return min(_free_on_the_machine(), left_by_cgroups())
+
+
+def _free_on_the_machine() -> float:
     with suppress(OSError), open("/proc/meminfo") as lines:
         for line in lines:
             if line.startswith("MemAvailable:"):
