@@ -139,6 +139,17 @@ def test_bad_data_is_named_and_leaves_nothing(words, named, tmp_path, failure, m
     assert {path.name for path in tmp_path.iterdir()} == {"fruit", "digits"}
 
 
+def test_the_default_run_folder_of_a_name_with_signs(tmp_path, monkeypatch):
+    """A dataset of the hub is named so: NAME@REVISION:CONFIGURATION."""
+    monkeypatch.chdir(tmp_path)
+    data = tmp_path / "pets@v1:small.npz"
+    np.savez(data, images=np.zeros((40, 8, 8), np.uint8), labels=np.arange(40) % 2, class_names=["a", "b"])
+    words = [*TINY, "--steps=1", "--expected_batch_size=20", "--delta=0.01", "--telemetry.samples=0"]
+    assert main(["train", *words, f"--data.path={data}"]) == 0
+    (run,) = (tmp_path / "runs").iterdir()
+    assert run.name.startswith("pets-v1-small-")
+
+
 def test_another_number_of_examples_is_not_resumed(tmp_path, failure):
     root, run = class_folders(tmp_path / "fruit", FRUIT, size=(8, 8)), tmp_path / "run"
     assert main(["train", *SHORT, f"--data.path={root}", f"--output={run}"]) == 0

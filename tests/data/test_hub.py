@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
 from dither.data import read_images
+from dither.data.hub import Address, address_of
 from dither.errors import BrokenImagesError, DataError
-from pictures import ramp
+from pictures import class_folders, ramp
 
 datasets = pytest.importorskip("datasets")
 pa = pytest.importorskip("pyarrow")
@@ -113,6 +117,74 @@ def test_an_image_of_neither_bytes_nor_path_is_named(tmp_path, monkeypatch):
     pq.write_table(table, tmp_path / "pets" / "train.parquet")
     with pytest.raises(BrokenImagesError, match="example 0: there is no image"):
         read_images(f"hf:{tmp_path / 'pets'}")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a/b", Address("a/b")),
+        ("a/b.c@v1.0", Address("a/b.c", "v1.0")),
+        ("a/b:x@y", Address("a/b", None, "x@y")),
+        ("a/b@refs/convert/parquet:x", Address("a/b", "refs/convert/parquet", "x")),
+    ],
+)
+def test_addresses(text, expected):
+    assert address_of(text) == expected
+
+
+def test_configurations(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    root = tmp_path / "pets"
+    for part, count in (("a", 2), ("b", 3)):
+        class_folders(root / part / "train", {"cat": count, "dog": 1})
+    parts = "- config_name: small\n  data_dir: a\n- config_name: large\n  data_dir: b\n"
+    (root / "README.md").write_text(f"---\nconfigs:\n{parts}---\n")
+    assert len(read_images(f"hf:{root}:small")) == 3
+    data = read_images(f"hf:{root}:large")
+    assert len(data) == 4 and data.class_names == ("cat", "dog")
+    for name, said in ((root, "none is named"), (f"{root}:huge", "not huge")):
+        with pytest.raises(DataError, match=f"has the configurations small, large, and {said}") as error:
+            read_images(f"hf:{name}")
+        assert error.value.fix == f"name one: --data.path hf:{root}:small"
+    with pytest.raises(DataError, match="cannot be opened"):
+        read_images(f"hf:{tmp_path / 'nowhere'}:small")
+
+
+def test_a_folder_whose_name_holds_the_signs_is_taken_whole(tmp_path):
+    made().save_to_disk(tmp_path / "pets@home:all")
+    for path in (tmp_path / "pets@home:all", f"hf:{tmp_path / 'pets@home:all'}"):
+        assert len(read_images(path)) == 4
+
+
+def test_a_revision_is_asked_for(tmp_path):
+    """Of a hub on this machine, which has nothing and keeps what it is asked."""
+    asked = []
+
+    class Empty(BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            self.send_error(404)
+
+        def do_HEAD(self):
+            self.do_GET()
+
+        def log_message(self, *arguments):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Empty) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        settings = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path)}
+        settings |= {
+            "HF_HUB_OFFLINE": "0",
+            "HF_DATASETS_OFFLINE": "0",
+            "NO_PROXY": "127.0.0.1",
+            "no_proxy": "127.0.0.1",
+        }
+        code = "from dither.data import read_images; read_images('hf:owner/pets@v1.5:small')"
+        made = subprocess.run([sys.executable, "-c", code], env=os.environ | settings, capture_output=True, text=True)
+        server.shutdown()
+    assert "DataError" in made.stderr and "owner/pets" in made.stderr
+    assert any("owner/pets" in path and "v1.5" in path for path in asked), asked
 
 
 def test_unlabelled_examples_are_refused(tmp_path):

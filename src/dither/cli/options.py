@@ -83,7 +83,8 @@ class Data:
 
     Args:
         path: a folder with one subfolder per class, a folder with IDX files, an .npz, latents of `dither encode`
-            (.safetensors), a Hugging Face dataset (saved folder, or hf:NAME); by default the embedded digits.
+            (.safetensors), a Hugging Face dataset (saved folder, or hf:NAME, with @REVISION, :CONFIGURATION or both
+            after it); by default the embedded digits.
         image_size: side in pixels; by default the images' own, which must be one size and square.
         channels: 1 (grey) or 3 (RGB); by default the images' own.
         resize: interpolation; none only cuts.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,34 @@ class HubExamples:
     class_names: tuple[str, ...] | None
 
 
+@dataclass(frozen=True)
+class Address:
+    """Which dataset is meant.
+
+    Args:
+        name: a folder, or a name on the hub.
+        revision: branch, tag or commit there; None for the newest.
+        configuration: which of the dataset's parts with data of their own; None for the only one.
+    """
+
+    name: str
+    revision: str | None = None
+    configuration: str | None = None
+
+
+def address_of(text: str) -> Address:
+    """Take NAME, NAME@REVISION, NAME:CONFIGURATION or NAME@REVISION:CONFIGURATION apart.
+
+    Names on the hub hold neither sign, and git's revisions and the library's configurations no colon. A folder that is
+    there is taken whole, whatever its name holds.
+    """
+    if Path(text).exists():
+        return Address(text)
+    name, _, configuration = text.partition(":")
+    name, _, revision = name.partition("@")
+    return Address(name, revision or None, configuration or None)
+
+
 def is_saved_dataset(folder: Path) -> bool:
     """Whether `save_to_disk` wrote this folder."""
     saved = (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
@@ -41,7 +70,7 @@ def open_hub(name: str, split: str, image_column: str | None, label_column: str 
     """Open a dataset; images are decoded by `dither.data.decoding`, like any file.
 
     Args:
-        name: a folder, or a name on the hub, which the library downloads.
+        name: a folder, or a name on the hub, as `address_of` takes it, which the library downloads.
         split: "train" or "held-out".
         image_column: None for the only one with images.
         label_column: None for the only one with classes.
@@ -57,13 +86,14 @@ def open_hub(name: str, split: str, image_column: str | None, label_column: str 
             f"{name} is a Hugging Face dataset, and the package datasets is not installed",
             fix="pip install 'dither[datasets]'",
         ) from error
-    loader = datasets.load_from_disk if is_saved_dataset(Path(name)) else datasets.load_dataset
+    address = address_of(name)
     try:
-        loaded = loader(name)
+        if is_saved_dataset(Path(name)):
+            loaded = datasets.load_from_disk(name)
+        else:
+            loaded = datasets.load_dataset(address.name, address.configuration, revision=address.revision)
     except Exception as error:  # the library raises what its readers and its client raise
-        raise DataError(
-            f"the dataset {name} cannot be opened: {reason_of(error)}", fix="check the name or the folder"
-        ) from error
+        raise _unopened(address, error) from error
     data = _part(loaded, split, name) if isinstance(loaded, dict) else loaded
     if split != "train" and data is loaded:
         raise NoHeldOutPartError(
@@ -84,6 +114,28 @@ def open_hub(name: str, split: str, image_column: str | None, label_column: str 
     feature = data.features[label]
     names = tuple(feature.names) if isinstance(feature, datasets.ClassLabel) else None
     return HubExamples(read, np.asarray(data.select_columns([label]).with_format("numpy")[label][:]), names)
+
+
+def _unopened(address: Address, error: Exception) -> DataError:
+    """What to say of a dataset that cannot be opened; where a configuration is missing, which there are."""
+    import datasets
+
+    name, known = address.name, []
+    if isinstance(error, ValueError):  # the library's, where a configuration is missing or unknown
+        with contextlib.suppress(Exception):
+            known = datasets.get_dataset_config_names(name, revision=address.revision)
+    if known and address.configuration not in known and (address.configuration or len(known) > 1):
+        named = f"not {address.configuration}" if address.configuration else "none is named"
+        at = f"@{address.revision}" if address.revision else ""
+        return DataError(
+            f"the dataset {name} has the configurations {', '.join(known)}, and {named}",
+            fix=f"name one: --data.path hf:{name}{at}:{known[0]}",
+        )
+    return DataError(
+        f"the dataset {name} cannot be opened: {reason_of(error)}",
+        fix="check the name or the folder; of a name on the hub also revision and configuration, "
+        "hf:NAME@REVISION:CONFIGURATION",
+    )
 
 
 def _part(parts: dict[str, Any], split: str, name: str) -> Any:

@@ -20,7 +20,7 @@ HUB = "hf:"
 
 _KINDS = (
     "a folder with one subfolder per class, a folder with IDX files, an .npz, latents in .safetensors, or a Hugging "
-    "Face dataset: a saved folder, or hf:NAME"
+    "Face dataset: a saved folder, or hf:NAME, hf:NAME@REVISION, hf:NAME:CONFIGURATION"
 )
 
 
@@ -45,8 +45,8 @@ def read_images(
 
     Args:
         path: a folder with one subfolder per class, a folder with IDX files, an .npz, latents of `dither encode`
-            (.safetensors), or a Hugging Face dataset (a folder of `save_to_disk`, or hf:NAME); None is the embedded
-            digits.
+            (.safetensors), or a Hugging Face dataset (a folder of `save_to_disk`, or hf:NAME, with @REVISION,
+            :CONFIGURATION or both after it); None is the embedded digits.
         image_size: side in pixels; None keeps the images' own, which must be one size and square.
         channels: 1 or 3; None keeps the images' own, which must be of one kind.
         resize: interpolation, with antialiasing except for nearest; "none" only cuts.
