@@ -8,6 +8,7 @@ looked-up row is a unit vector, given by its index. Legend: B examples, T rows, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations_with_replacement
@@ -64,8 +65,9 @@ def _joined(uses: Sequence[RowFactors]) -> list[RowFactors]:
             for rows in chosen:
                 wide = torch.promote_types(wide, rows.right.dtype)
                 wide = wide if looked_up else torch.promote_types(wide, rows.left.dtype)
-            left = torch.cat([rows.left if looked_up else rows.left.to(wide) for rows in chosen], 1)
-            joined.append(RowFactors(left, torch.cat([rows.right.to(wide) for rows in chosen], 1)))
+            lefts = [rows.left if looked_up else rows.left.to(wide) for rows in chosen]
+            rights = [rows.right.to(wide) for rows in chosen]
+            joined.append(RowFactors(*(rows[0] if len(rows) == 1 else torch.cat(rows, 1) for rows in (lefts, rights))))
     return joined
 
 
@@ -74,15 +76,26 @@ def _totals(lists: Sequence[RowFactors]) -> tuple[Tensor, Tensor]:
     first = lists[0].right
     total, squares = first.new_zeros(len(first)), first.new_zeros(len(first))
     for one, other in combinations_with_replacement(lists, 2):
-        twice = 1.0 if one is other else 2.0
-        step = max(1, GRAM_ELEMENTS // max(1, len(first) * other.right.shape[1]))
-        for start in range(0, one.right.shape[1], step):
+        rows, columns = one.right.shape[1], other.right.shape[1]
+        step = max(1, GRAM_ELEMENTS // max(1, len(first) * columns))
+        if one is other:
+            step = min(step, 8 * math.ceil(math.sqrt(rows) / 2))
+        for start in range(0, rows, step):
             part = one.block(start, start + step)
-            products = torch.bmm(part.right, other.right.mT.to(part.right.dtype))
-            products = products * _left_products(part, other)
-            total += twice * products.sum((1, 2))
-            squares += twice * products.square().sum((1, 2))
+            if one is not other:
+                _add_products(part, other, 2.0, total, squares)
+                continue
+            # The products are symmetric: of each block of rows, the part left of the diagonal block counts twice.
+            _add_products(part, part, 1.0, total, squares)
+            if start:
+                _add_products(part, other.block(0, start), 2.0, total, squares)
     return total, squares.sqrt()
+
+
+def _add_products(one: RowFactors, other: RowFactors, times: float, total: Tensor, squares: Tensor) -> None:
+    products = torch.bmm(one.right, other.right.mT.to(one.right.dtype)) * _left_products(one, other)
+    total += times * products.sum((1, 2))
+    squares += times * products.square().sum((1, 2))
 
 
 def _left_products(one: RowFactors, other: RowFactors) -> Tensor:
