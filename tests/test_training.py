@@ -45,6 +45,27 @@ def weights(net):
     return torch.cat([p.detach().flatten() for p in net.parameters()])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sums_of_parameters_in_half_precision_are_rounded_after_the_noise(dtype):
+    """Micro-batches of one example, each of which adds 1: bfloat16 counts to 256 that way, float16 to 2048."""
+    count = {torch.bfloat16: 300, torch.float16: 2100}[dtype]
+    net, ones = nn.Linear(1, 1, bias=False).to(dtype), TensorDataset(torch.ones(count, 1, dtype=dtype))
+    training = PrivateTraining(
+        net,
+        torch.optim.SGD(net.parameters(), lr=0.0),
+        ones,
+        lambda net, batch: net(batch[0]).float().sum(1) * 10,
+        expected_batch_size=count,
+        steps=2,
+        noise_multiplier=1e-9,
+        microbatch_size=1,
+        verify_first_batch=False,
+    )
+    for step in training:
+        assert step.batch_size == count
+        assert net.weight.grad.dtype == dtype and float(net.weight.grad) == pytest.approx(1.0, rel=2**-8)
+
+
 @pytest.mark.parametrize("microbatch_size", [1, 3, 100, "auto"])
 def test_the_update_is_the_clipped_sum_over_the_expected_batch_size(microbatch_size):
     net = model().eval()

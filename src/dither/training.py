@@ -23,7 +23,7 @@ from dither.accounting import (
 from dither.accounting.events import check_delta, check_mechanism
 from dither.capture.declared import follow
 from dither.certificate import certificate
-from dither.clipping.clipped_sum import clipped_sum
+from dither.clipping.clipped_sum import clipped_sum, zero_sums
 from dither.clipping.functions import clipping_function
 from dither.clipping.machine import builtin_rates
 from dither.clipping.plan import check_strategy
@@ -45,8 +45,9 @@ class PrivateTraining:
 
     Iterating trains: `for step in training` yields a `Step` after each completed one. Leaving the loop is safe, and
     iterating again continues. Each step draws a Poisson batch, sums its clipped gradients over micro-batches, adds
-    Gaussian noise once, divides by the public constant `expected_batch_size`, and lets the optimizer step. An empty
-    batch takes a noisy step like any other.
+    Gaussian noise once, divides by the public constant `expected_batch_size`, and lets the optimizer step. Sums and
+    noise are float32 or wider; what the optimizer gets has the parameter's dtype. An empty batch takes a noisy step
+    like any other.
 
     Guarantee: the weights, the EMA and the optimizer's state after any number of steps are (epsilon, delta)-
     differentially private under adding or removing one example of the dataset, with `epsilon(delta)` as it then says;
@@ -228,7 +229,7 @@ class PrivateTraining:
         # From here the noisy sum counts as released, whatever interrupts the rest of the step.
         self.ledger.record(self.sampler.sample_rate, self.noise_multiplier)
         for name, parameter in self.parameters.items():
-            parameter.grad = self._sums[name]
+            parameter.grad = self._sums[name].to(parameter.dtype)  # no copy, but of half precision
         self.optimizer.step()
         self._check_weights()
         if self.scheduler is not None:
@@ -240,8 +241,9 @@ class PrivateTraining:
         """Sum the batch's clipped gradients into the buffers, which are the gradients of the step before."""
         self.model.zero_grad()  # of all parameters: a frozen one with an old gradient would take steps with it
         if self._sums is None:
-            self._sums = {name: torch.empty_like(p, requires_grad=False) for name, p in self.parameters.items()}
-        torch._foreach_zero_(list(self._sums.values()))
+            self._sums = zero_sums(self.parameters)
+        else:
+            torch._foreach_zero_(list(self._sums.values()))
         tally = Tally()
         for chosen in self.microbatches.split(indices):
             batch = load_batch(self._dataset, chosen, self._collate_fn)

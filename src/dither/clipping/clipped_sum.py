@@ -16,6 +16,8 @@ from dither.clipping.plan import Plan, check_strategy
 from dither.clipping.recording import LossFunction, Recording
 from dither.clipping.repeats import Repeats
 from dither.errors import ConfigurationError, ExampleAxisError
+from dither.precision import FullPrecision
+from dither.rules.rule import at_least_float32
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,8 @@ class ClippedSum:
     """A sum of clipped per-example gradients and what is known of it.
 
     Attributes:
-        gradients: by parameter name, the sum over examples of clipped gradients, the parameter's shape.
+        gradients: by parameter name, the sum over examples of clipped gradients, the parameter's shape; its dtype, but
+            float32 where that is less.
         norms: unclipped per-example norms, (B,), float32 or wider; not finite for dropped examples. Not private.
         losses: per-example losses, (B,), detached. Not private.
         sensitivity: L2 norm by which adding or removing one example can change the sum.
@@ -54,8 +57,9 @@ def clipped_sum(
     """Sum of per-example gradients, each scaled to norm at most `max_grad_norm`, in one forward and one backward pass.
 
     Guarantee: adding or removing one example changes the returned sum by at most `sensitivity` in L2 norm (up to
-    rounding), for every strategy, provided that the loss of an example depends on that example alone, which is proved
-    on the first batch and whenever the recorded operations change. The sum has no noise: it is not private.
+    rounding in float32, or wider), for every strategy, provided that the loss of an example depends on that example
+    alone, which is proved on the first batch and whenever the recorded operations change. The sum has no noise: it is
+    not private.
 
     Args:
         model: any module; its trainable parameters are recorded while `loss_fn` runs.
@@ -69,7 +73,8 @@ def clipped_sum(
             free memory with "auto", else for no bound. What has to be held (of biases and scales, operations without a
             rule, tensors computed from a parameter, or several uses whose rows cannot be multiplied) is refused beyond
             it.
-        into: tensors by parameter name; the sum is added to them in place (accumulation over micro-batches).
+        into: tensors by parameter name, float32 or wider; the sum is added to them in place (accumulation over
+            micro-batches).
         randomness: of a random operation that takes a parameter and has no rule: "different" numbers for each example,
             as plain PyTorch draws them; the "same" numbers for each; or an "error".
 
@@ -84,6 +89,8 @@ def clipped_sum(
         CoverageError: a parameter receives gradient around the recorder; or the second pass of "two_pass" does not
             repeat the first.
         CaptureError: its other kinds, where the result could not be proved exact.
+        ConfigurationError: an argument cannot work; a tensor of `into` is missing, of another shape, or of less than
+            float32.
     """
     check_strategy(strategy)
     clip = clipping_function(clipping, max_grad_norm)
@@ -189,7 +196,8 @@ def _second_pass(
             repeats.check(use, grad_output)
             if use.name not in found:
                 found[use.name] = torch.zeros_like(sums[use.name])
-            use.rule.add_weighted_sum(use, grad_output, factors, found[use.name])
+            with FullPrecision():
+                use.rule.add_weighted_sum(use, grad_output, factors, found[use.name])
         return gradients.keeps_inputs(use)
 
     recording.backward(receive)
@@ -200,7 +208,7 @@ def _second_pass(
 
 def _sums(parameters: Mapping[str, Tensor], into: dict[str, Tensor] | None) -> dict[str, Tensor]:
     if into is None:
-        return {name: torch.zeros_like(p, requires_grad=False) for name, p in parameters.items()}
+        return zero_sums(parameters)
     for name, parameter in parameters.items():
         fits = name in into and into[name].shape == parameter.shape
         if not fits or not (into[name].is_floating_point() or into[name].is_complex()):
@@ -210,7 +218,19 @@ def _sums(parameters: Mapping[str, Tensor], into: dict[str, Tensor] | None) -> d
                 f"{got}.",
                 fix="pass the .gradients of an earlier clipped_sum, or zeros shaped like every trainable parameter",
             )
+        if into[name].dtype != at_least_float32(into[name].dtype):
+            raise ConfigurationError(
+                f"`into` has a tensor of {into[name].dtype} for parameter {name}: rounding a running sum between "
+                "micro-batches may move it by more than max_grad_norm, which the noise is for.",
+                fix="give float32 tensors, as the .gradients of an earlier clipped_sum are; round after the noise",
+            )
     return into
+
+
+def zero_sums(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Zeros to add clipped gradients to, by name: each parameter's shape and dtype, but float32 where that is less."""
+    dtypes = {name: at_least_float32(p.dtype) for name, p in parameters.items()}
+    return {name: torch.zeros_like(p, requires_grad=False, dtype=dtypes[name]) for name, p in parameters.items()}
 
 
 def _check_rows(recording: Recording, rows_per_example: int | None) -> None:

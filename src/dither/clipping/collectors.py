@@ -20,7 +20,7 @@ from dither.clipping import one_by_one
 from dither.clipping.one_by_one import Room
 from dither.errors import SavedInputChangedError, UnsupportedOpError
 from dither.rules.crossing import crossed_norm
-from dither.rules.rule import add_weighted, squared_rows
+from dither.rules.rule import add_weighted, at_least_float32, squared_rows
 
 
 class Collector(Protocol):
@@ -123,6 +123,11 @@ class Held:
         _add(self.formed(), weights, into, dropped)
 
 
+def _wide(grad_output: Tensor) -> Tensor:
+    """In float32 or wider, as the norm was computed: gradients of half precision would be rounded after it."""
+    return grad_output.to(at_least_float32(grad_output.dtype))
+
+
 class Unformed:
     """Keeps inputs and output gradients of a parameter's uses; forms what a few rare examples need.
 
@@ -162,7 +167,7 @@ class Unformed:
             return self._formed
         every = Added()
         for use, grad_output in self._received():
-            every.receive(use, grad_output)
+            every.receive(use, _wide(grad_output))
         return every.formed()
 
     def wide_squared_norm(self, examples: Sequence[int]) -> Tensor | None:

@@ -17,6 +17,8 @@ from dither.clipping.one_by_one import Room
 from dither.clipping.plan import Candidate, Plan, make_plan
 from dither.clipping.recording import Recorded
 from dither.errors import CoverageError
+from dither.precision import in_full_precision
+from dither.rules.rule import at_least_float32
 
 
 class Gradients:
@@ -73,6 +75,7 @@ class Gradients:
             self._leaves[id(use.parameter)] = found
         return found
 
+    @in_full_precision
     def receive(self, use: ParamUse, grad_output: Tensor) -> None:
         """Hand an output gradient to the collectors of the parameters behind the use."""
         if id(use.parameter) in self._names:
@@ -102,16 +105,19 @@ class Gradients:
         collector = self.collectors.get(use.name)
         return collector is not None and collector.keeps_inputs
 
+    @in_full_precision
     def formed(self, name: str) -> Tensor | None:
         """A parameter's per-example gradients, (B, *shape); None if no gradient arrived."""
         collector = self.collectors.get(name)
         return None if collector is None else collector.formed()
 
+    @in_full_precision
     def squared_norms(self) -> dict[str, Tensor]:
         """Squared norms (B,) of every parameter that a gradient arrived at."""
         parts = {name: collector.squared_norm() for name, collector in self.collectors.items()}
         return {name: part for name, part in parts.items() if part is not None}
 
+    @in_full_precision
     def norms(self, widen: bool = True, squares: Mapping[str, Tensor] | None = None) -> Tensor:
         """Per-example norms over all parameters, (B,), float64.
 
@@ -139,15 +145,19 @@ class Gradients:
                 again += part.to(again.device)
         squared[examples] = again
 
+    @in_full_precision
     def add_weighted_sum(self, weights: Tensor, into: Mapping[str, Tensor], dropped: Tensor | None = None) -> None:
-        """Add the weighted sums; dropped examples' gradients (not finite) are replaced by zero, never multiplied."""
+        """Add the weighted sums; dropped examples' gradients (not finite) are replaced by zero, never multiplied.
+
+        Into tensors of float32 or wider: what is added up in half precision moves by more than the bound.
+        """
         cast: dict[torch.dtype, Tensor] = {}
         if dropped is not None and not bool(dropped.any()):
             dropped = None
         for name, collector in self.collectors.items():
             dtype = into[name].dtype
             if dtype not in cast:  # once, not once a parameter
-                cast[dtype] = weights.to(torch.promote_types(dtype, torch.float32))
+                cast[dtype] = weights.to(at_least_float32(dtype))
             collector.add_weighted_sum(cast[dtype], into[name], dropped)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dither.capture.uses import ParamUse, map_tensors
 from dither.errors import MemoryBudgetError
+from dither.rules.rule import at_least_float32
 
 Received = Sequence[tuple[ParamUse, Tensor]]
 """Uses of one parameter and their output gradients."""
@@ -55,7 +56,7 @@ class Room:
 
 def _bytes(received: Received) -> float:
     use = received[0][0]
-    return float(use.batch * use.parameter.numel() * use.parameter.element_size())
+    return float(use.batch * use.parameter.numel() * max(4, use.parameter.element_size()))  # formed in float32 or wider
 
 
 def squared_norms(received: Received, examples: Iterable[int], room: Room) -> Tensor:
@@ -77,8 +78,9 @@ def squared_norm(gradient: Tensor) -> Tensor:
 
 
 def gradient_of(received: Received, example: int) -> Tensor:
-    """One example's gradient, the parameter's shape; its own numbers must be finite."""
-    total = torch.zeros_like(received[0][0].parameter, requires_grad=False)
+    """One example's gradient, the parameter's shape, float32 or wider; its own numbers must be finite."""
+    parameter = received[0][0].parameter
+    total = torch.zeros_like(parameter, requires_grad=False, dtype=at_least_float32(parameter.dtype))
     for use, grad_output in received:
         others = torch.ones(use.batch, dtype=torch.bool, device=grad_output.device)
         others[example] = False

@@ -34,7 +34,7 @@ class Owner(Protocol):
 
     verify_loss: bool
 
-    def prepare_backward(self, recordings: list[ModuleRecording]) -> Callable[[], None]:
+    def prepare_backward(self, recordings: list[ModuleRecording]) -> Callable[[], object]:
         """Give each recording's tape a sink; return what publishes after the pass."""
         ...
 
@@ -215,7 +215,7 @@ def quiet(reached: Reached) -> Iterator[None]:
 def inject(parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
     """Give gradients to parameters as a backward pass does: accumulated, and with every hook run."""
     if parameters:
-        _unwrapped["backward"](list(parameters), list(gradients))
+        _unwrapped["backward"](list(parameters), [g.to(p.dtype) for p, g in zip(parameters, gradients, strict=True)])
 
 
 def send(reached: Reached, roots: Sequence[Tensor], gradients: Sequence[Tensor], retain_graph: bool) -> None:

@@ -15,6 +15,7 @@ from dither.capture.coverage import check_loss, untouched
 from dither.capture.examples import ExampleAxis
 from dither.capture.probing import Seed
 from dither.capture.uses import ParamUse
+from dither.clipping.clipped_sum import zero_sums
 from dither.clipping.collectors import NotFormed
 from dither.clipping.gradients import Gradients
 from dither.clipping.repeats import Repeats
@@ -23,6 +24,8 @@ from dither.opacus import backward, batches, provenance
 from dither.opacus.deciding import decide
 from dither.opacus.graph import Reached, reach
 from dither.opacus.recording import ModuleRecording
+from dither.precision import FullPrecision
+from dither.rules.rule import at_least_float32
 
 
 def clipped_backward(
@@ -68,11 +71,14 @@ def clipped_backward(
             sums, bound = _clipped_sums(hooks, mine, losses, moved_bound or (lambda norms: own_bound), reached)
             optimizer.bound_of_the_sum = max(bound, getattr(optimizer, "bound_of_the_sum", 0.0))
         parameters = mine[0].parameters
+        totals = provenance.totals_with(
+            provenance.totals_of(trained), {parameters[n]: total for n, total in sums.items()}
+        )
         backward.inject([parameters[n] for n in sums], list(sums.values()))
         for each in publish:
             each()
     batches.publish(mine, None, hooks.alive())
-    provenance.clipped(trained)
+    provenance.clipped(trained, totals)
 
 
 def _refuse_hooks(parameters: Mapping[str, Any]) -> None:
@@ -108,6 +114,13 @@ def _check(recordings: Sequence[ModuleRecording], losses: Tensor, hooks: Any) ->
             "A second backward pass runs over the same forward: each example would be clipped twice.",
             fix="add the losses and call backward once: (loss_a + loss_b).backward()",
         )
+    narrow = {x.dtype for x in (losses, *recordings[0].kept) if x.dtype != at_least_float32(x.dtype)}
+    if recordings[0].kept and narrow:
+        raise UnsupportedOpError(
+            f"A layer with a registered grad sampler gets its clipped sum from autograd, here in {narrow.pop()}, whose "
+            "rounding may move the sum by more than the bound.",
+            fix="keep the layer and the losses in float32, or remove the registered sampler",
+        )
     for recording in recordings:
         count = int(losses.shape[0])
         if count in recording.input_sizes and (count in recording.output_sizes or not recording.output_sizes):
@@ -130,7 +143,7 @@ def _clipped_sums(
 ) -> tuple[dict[str, Tensor], float]:
     """By name, the sum over examples of clipped gradients; and the bound that the norms were clipped at."""
     parameters, kept = recordings[0].parameters, recordings[0].kept
-    sums = {n: torch.zeros_like(p, requires_grad=False) for n, p in parameters.items()}
+    sums = zero_sums(parameters)
     # The loss is sent back as the user's reduction has it, for the sake of whatever else it reaches.
     scale = hooks.loss_scale(max(1, len(losses)))
     again = bool(kept) or hooks.strategy == "two_pass"
@@ -219,7 +232,8 @@ def _adding(
                 if use.axis is None:  # nothing but zeros arrives
                     continue
                 use.call.check_unchanged()
-                use.rule.add_weighted_sum(use, gradient, weights, sums[use.name])
+                with FullPrecision():
+                    use.rule.add_weighted_sum(use, gradient, weights, sums[use.name])
         if call in uses and not any(gradients.keeps_inputs(use) for use in uses[call]):
             recording.tape.calls[call].conceal()
 

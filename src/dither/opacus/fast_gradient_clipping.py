@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dither.clipping.clipped_sum import zero_sums
 from dither.clipping.gradients import Gradients
 from dither.clipping.plan import Plan, check_strategy
 from dither.clipping.repeats import Repeats
@@ -21,6 +22,7 @@ from dither.errors import CoverageError
 from dither.opacus import backward, batches, provenance, stock
 from dither.opacus.hooks import GradSampleHooks, plain_gradients, receiver
 from dither.opacus.recording import ModuleRecording
+from dither.rules.rule import at_least_float32
 
 _stock_init = stock.GradSampleHooksFastGradientClipping.__init__
 _stock_zero_grad = stock.AbstractGradSampleModule.zero_grad
@@ -36,16 +38,20 @@ class GradSampleHooksFastGradientClipping(GradSampleHooks, stock.GradSampleHooks
         _stock_init(self, m, **options)
         configure(self, strategy, memory_budget)
 
-    def prepare_backward(self, recordings: list[ModuleRecording]) -> Callable[[], None]:
+    def prepare_backward(self, recordings: list[ModuleRecording]) -> Callable[[], object]:
         """For a loss that is sent back by hand: norms and ordinary gradients; with hooks disabled, only the latter."""
         if not self.hooks_enabled:
             publish = plain_gradients(recordings)
             normed = all(recording.published for recording in recordings)
-            mark = provenance.weighted if normed else provenance.unclipped
 
             def publish_and_mark() -> None:
-                publish()
-                mark(recordings[0].parameters.values())
+                parameters = list(recordings[0].parameters.values())
+                before = provenance.totals_of(parameters)
+                sums = publish()
+                if normed:
+                    provenance.weighted(parameters, provenance.totals_with(before, sums))
+                else:
+                    provenance.unclipped(parameters)
 
             return publish_and_mark
         gradients = self.collect(recordings, self.loss_scale(recordings[0].batch))
@@ -79,7 +85,7 @@ class GradSampleHooksFastGradientClipping(GradSampleHooks, stock.GradSampleHooks
         batch = recordings[0].batch
         self.set_norms(recordings[0], gradients, 1.0)
         weights = torch.full((batch,), 1.0 / self.loss_scale(max(1, batch)), dtype=torch.float64)
-        sums = {n: torch.zeros_like(p, requires_grad=False) for n, p in recordings[0].parameters.items()}
+        sums = zero_sums(recordings[0].parameters)
         gradients.add_weighted_sum(weights.to(recordings[0].device), sums, weights == 0)
         backward.inject([recordings[0].parameters[n] for n in sums], list(sums.values()))
         provenance.unclipped(recordings[0].parameters.values())
@@ -99,7 +105,7 @@ class GradSampleHooksFastGradientClipping(GradSampleHooks, stock.GradSampleHooks
         for name, parameter in recording.parameters.items():
             square = squares.get(name)
             norm = torch.zeros_like(norms) if square is None else square.clamp_min(0).sqrt() * scale
-            vars(parameter)["_norm_sample"] = norm.to(parameter.dtype)
+            vars(parameter)["_norm_sample"] = norm.to(at_least_float32(parameter.dtype))
         for parameter in recording.kept:
             norms = (norms.square() + parameter._norm_sample.to(norms).square()).sqrt()
         self.per_sample_gradient_norms = norms.to(torch.float32)

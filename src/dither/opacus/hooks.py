@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from dither.capture.uses import ParamUse
+from dither.clipping.clipped_sum import zero_sums
 from dither.clipping.collectors import NotFormed
 from dither.clipping.gradients import Gradients
 from dither.clipping.repeats import Repeats
@@ -189,7 +190,7 @@ class GradSampleHooks(stock.GradSampleHooks):
             raise ValueError(f"loss_reduction = {self.loss_reduction}. Only 'sum' and 'mean' losses are supported")
         return float(batch) if self.loss_reduction == "mean" else 1.0
 
-    def prepare_backward(self, recordings: list[ModuleRecording]) -> Callable[[], None]:
+    def prepare_backward(self, recordings: list[ModuleRecording]) -> Callable[[], object]:
         """Per-example gradients are formed as output gradients arrive; with hooks disabled, ordinary ones."""
         if not self.hooks_enabled:
             return plain_gradients(recordings)
@@ -271,21 +272,30 @@ def receiver(
     return sink
 
 
-def plain_gradients(recordings: list[ModuleRecording]) -> Callable[[], None]:
-    """Ordinary gradients, summed over the examples: what autograd would give with the hooks off."""
+def plain_gradients(recordings: list[ModuleRecording]) -> Callable[[], dict[Any, Tensor]]:
+    """Ordinary gradients, summed over the examples: what autograd would give with the hooks off.
+
+    Returns:
+        What adds them to each `.grad`, and gives them by parameter, in float32 or wider.
+    """
     gathered = []
     for recording in recordings:
         gradients = Gradients([recording], "two_pass", None)
         recording.tape.sink = receiver(recording, gradients, 1.0)
         gathered.append(gradients)
 
-    def publish() -> None:
+    def publish() -> dict[Any, Tensor]:
+        added: dict[Any, Tensor] = {}
         for recording, gradients in zip(recordings, gathered, strict=True):
-            sums = {n: torch.zeros_like(p, requires_grad=False) for n, p in recording.parameters.items()}
+            sums = zero_sums(recording.parameters)
             ones = torch.ones(recording.batch, dtype=torch.float64, device=recording.device)
             gradients.add_weighted_sum(ones, sums, ones == 0)
             reached = [n for n in sums if n in gradients.collectors]
             backward.inject([recording.parameters[n] for n in reached], [sums[n] for n in reached])
+            for name in reached:
+                parameter = recording.parameters[name]
+                added[parameter] = added[parameter] + sums[name] if parameter in added else sums[name]
+        return added
 
     return publish
 

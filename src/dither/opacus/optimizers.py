@@ -5,8 +5,9 @@ Legend: B examples.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import opacus.optimizers as stock
@@ -15,13 +16,44 @@ from opacus.optimizers.ddp_perlayeroptimizer import SimpleDistributedPerLayerOpt
 from opacus.optimizers.ddpoptimizer_fast_gradient_clipping import (
     DistributedDPOptimizerFastGradientClipping as _StockDistributedFast,
 )
-from torch import Tensor
+from torch import Tensor, nn
 
 from dither.opacus import provenance
-from dither.rules.rule import add_weighted, squared_rows
+from dither.precision import in_full_precision
+from dither.rules.rule import add_weighted, at_least_float32, squared_rows
 
-_stock_accumulate = stock.DPOptimizerFastGradientClipping.accumulate
 _stock_fast_zero_grad = stock.DPOptimizerFastGradientClipping.zero_grad
+
+
+class _StandIn(nn.Parameter):
+    """A parameter of float32 without memory, of the shape of one in half precision: torch lets no `.grad` be wider.
+
+    Args:
+        parameter: in half precision; `summed_grad` is float32.
+    """
+
+    _rounded: Any
+    _version_given: int
+    summed_grad: Any
+    grad_sample: Any
+
+    def __new__(cls, parameter: Any) -> _StandIn:
+        like = torch.empty((), dtype=at_least_float32(parameter.dtype), device=parameter.device)
+        made: _StandIn = super().__new__(cls, like.expand(parameter.shape))
+        made._rounded, made._version_given = None, 0
+        return made
+
+    def begin(self, parameter: Any) -> None:
+        """Stand for the parameter; a `.grad` that somebody changed since `end` is taken as it is."""
+        self.summed_grad, self.grad_sample = parameter.summed_grad, getattr(parameter, "grad_sample", None)
+        given = parameter.grad
+        if given is None or given is not self._rounded or given._version != self._version_given:
+            self.grad = None if given is None else given.to(self.dtype)
+
+    def end(self, parameter: Any) -> None:
+        """Give the parameter the rounded `.grad`."""
+        self._rounded = parameter.grad = None if self.grad is None else self.grad.to(parameter.dtype)
+        self._version_given = 0 if self._rounded is None else self._rounded._version
 
 
 class DPOptimizer(stock.DPOptimizer):
@@ -30,6 +62,8 @@ class DPOptimizer(stock.DPOptimizer):
     max_grad_norm: Any
     bound_of_the_sum = 0.0
     """The largest bound of what was summed since the last noise."""
+    _stand_ins: Mapping[Any, _StandIn] = MappingProxyType({})
+    _standing_in = False
 
     def pre_step(self, closure: Any = None) -> Any:
         """As Opacus's; a frozen parameter with an old gradient, which nobody clipped, takes no step with it."""
@@ -55,10 +89,41 @@ class DPOptimizer(stock.DPOptimizer):
         self.bound_of_the_sum = max(self.bound_of_the_sum, float(self.max_grad_norm))
         return factors
 
+    @property
+    def params(self) -> list[Any]:
+        """The trained parameters; in `_at_full_precision`, what stands in for those in half precision."""
+        found: list[Any] = super().params
+        return [self._stand_ins.get(p, p) for p in found] if self._standing_in else found
+
     def add_noise(self) -> None:
         """Add noise for the largest bound that a part of the sum was clipped at: a schedule may lower it in between."""
-        with _at_the_largest_bound(self):
+        with self._taking_noise():
             super().add_noise()
+
+    def scale_grad(self) -> None:
+        """As Opacus's; `.grad` is rounded to its parameter's dtype afterwards."""
+        with self._at_full_precision():
+            super().scale_grad()
+
+    @contextmanager
+    def _taking_noise(self) -> Iterator[None]:
+        """The bound is the largest, and `.grad` at least float32."""
+        self._stand_ins = {p: _StandIn(p) for p in self.params if p.dtype != at_least_float32(p.dtype)}
+        with _at_the_largest_bound(self), self._at_full_precision():
+            yield
+
+    @contextmanager
+    def _at_full_precision(self) -> Iterator[None]:
+        """Inside, `.grad` of a parameter in half precision is float32; outside it is rounded."""
+        for parameter, stand_in in self._stand_ins.items():
+            stand_in.begin(parameter)
+        self._standing_in = True
+        try:
+            yield
+        finally:
+            self._standing_in = False
+        for parameter, stand_in in self._stand_ins.items():
+            stand_in.end(parameter)
 
 
 class AdaClipDPOptimizer(DPOptimizer, stock.AdaClipDPOptimizer):
@@ -86,6 +151,11 @@ class DPPerLayerOptimizer(DPOptimizer, stock.DPPerLayerOptimizer):
 class DistributedDPOptimizer(DPOptimizer, stock.DistributedDPOptimizer):
     """Sums over ranks, noise on the first; see `opacus.optimizers.DistributedDPOptimizer`."""
 
+    def reduce_gradients(self) -> None:
+        """Sum over ranks before rounding: only the first has noise."""
+        with self._at_full_precision():
+            super().reduce_gradients()
+
 
 class SimpleDistributedPerLayerOptimizer(DPPerLayerOptimizer, DistributedDPOptimizer, _StockSimplePerLayer):
     """Both of its bases."""
@@ -109,15 +179,17 @@ class DPOptimizerFastGradientClipping(stock.DPOptimizerFastGradientClipping, DPO
         """
         provenance.check(self.params)
         self._batches = max(1, provenance.clipped_sums(self.params))
+        totals = provenance.totals_of(self.params)
         for parameter in self.params:
-            if not hasattr(parameter, "summed_grad"):
-                parameter.summed_grad = None
-        _stock_accumulate(self)
+            before, total = getattr(parameter, "summed_grad", None), totals.get(parameter)
+            if total is None:
+                total = parameter.grad.data.to(at_least_float32(parameter.dtype))
+            parameter.summed_grad = total.clone() if before is None else before.add_(total)
         provenance.forget(self.params)
 
     def add_noise(self) -> None:
         """As `DPOptimizer`."""
-        with _at_the_largest_bound(self):
+        with self._taking_noise():
             super().add_noise()
 
     def zero_grad(self, set_to_none: bool = False) -> None:
@@ -129,6 +201,11 @@ class DPOptimizerFastGradientClipping(stock.DPOptimizerFastGradientClipping, DPO
 
 class DistributedDPOptimizerFastGradientClipping(DPOptimizerFastGradientClipping, _StockDistributedFast):
     """Sums over ranks, noise on the first; see Opacus's class of this name."""
+
+    def reduce_gradients(self) -> None:
+        """As `DistributedDPOptimizer`."""
+        with self._at_full_precision():
+            super().reduce_gradients()
 
 
 @contextmanager
@@ -169,8 +246,9 @@ def entries_of(parameters: Sequence[Any]) -> list[list[Tensor]]:
     return [list(row) for row in zip(*columns, strict=True)]
 
 
+@in_full_precision
 def add_clipped(parameters: Sequence[Any], batches: list[list[Tensor]], max_grad_norm: Any) -> Tensor:
-    """Add clipped gradients to `summed_grad` and mark them as used.
+    """Add clipped gradients to `summed_grad`, float32 or wider, and mark them as used.
 
     Args:
         parameters: clipped together.
@@ -181,7 +259,7 @@ def add_clipped(parameters: Sequence[Any], batches: list[list[Tensor]], max_grad
         The clip factor of every example of every batch; zero where the gradient is not finite.
     """
     found = []
-    sums = [torch.zeros_like(p, requires_grad=False) for p in parameters]
+    sums = [torch.zeros_like(p, requires_grad=False, dtype=at_least_float32(p.dtype)) for p in parameters]
     for batch in batches:
         factors = clip_factors(batch, max_grad_norm)
         found.append(factors)
@@ -191,7 +269,7 @@ def add_clipped(parameters: Sequence[Any], batches: list[list[Tensor]], max_grad
             if len(sample) and not _is_zero(sample):
                 weights = factors.to(sample.device)
                 rows, weights = (sample, weights) if whole else (sample[finite], weights[finite])
-                add_weighted(rows.to(total.dtype), weights, total)
+                add_weighted(rows, weights, total)
             vars(sample)["_processed"] = True
     for parameter, total in zip(parameters, sums, strict=True):
         before = getattr(parameter, "summed_grad", None)

@@ -7,8 +7,9 @@ then the step must not happen.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -27,15 +28,22 @@ class _Provenance:
     Attributes:
         sums: the number of clipped sums in it; 0: cleared, or weighted by the user; None: not clipped.
         norm: its norm.
+        total: of a parameter in half precision, what `.grad` is the rounded form of, float32: sums that are rounded
+            before the noise may move by more than the bound.
     """
 
     sums: int | None
     norm: Tensor
+    total: Tensor | None = None
 
 
-def clipped(parameters: Sequence[Any]) -> None:
-    """A clipped sum was added to each `.grad`."""
-    _mark(parameters, [clipped_sums([parameter]) + 1 for parameter in parameters])
+Totals = dict[Any, Tensor]
+"""What `.grad` is the rounded form of, by parameter; of those in half precision only."""
+
+
+def clipped(parameters: Sequence[Any], totals: Totals) -> None:
+    """A clipped sum was added to each `.grad`, and `totals` is what that makes; see `totals_with`."""
+    _mark(parameters, [clipped_sums([parameter]) + 1 for parameter in parameters], totals)
 
 
 def unclipped(parameters: Iterable[Any]) -> None:
@@ -44,10 +52,29 @@ def unclipped(parameters: Iterable[Any]) -> None:
     _mark(found, [None] * len(found))
 
 
-def weighted(parameters: Iterable[Any]) -> None:
+def weighted(parameters: Iterable[Any], totals: Totals) -> None:
     """A pass after the norms, with hooks disabled, was added to each `.grad`: the user weighted it."""
     found = [p for p in parameters if not known(p) or getattr(p, _ATTRIBUTE).sums is not None]
-    _mark(found, [0] * len(found))
+    _mark(found, [0] * len(found), totals)
+
+
+def totals_of(parameters: Iterable[Any]) -> Totals:
+    """Of parameters in half precision, what each `.grad` is the rounded form of, scaled as `.grad` was meanwhile."""
+    held = [p for p in parameters if p.grad is not None and known(p)]
+    kept = {p: total for p in held if (total := getattr(p, _ATTRIBUTE).total) is not None}
+    if not kept:
+        return {}
+    now, before = _both_norms(held)
+    factor = float(now.norm() / before.norm()) if before.any() else 1.0
+    if factor > 1 - _SLACK:
+        return kept
+    return {p: total * factor for p, total in kept.items()}
+
+
+def totals_with(before: Totals, sums: Mapping[Any, Tensor]) -> Totals:
+    """Totals with what is added to each `.grad`, by parameter; of those in half precision."""
+    narrow = {p: total for p, total in sums.items() if p.dtype != total.dtype}
+    return {p: before[p] + total if p in before else total for p, total in narrow.items()}
 
 
 def cleared(parameters: Sequence[Any]) -> None:
@@ -97,10 +124,12 @@ def check(parameters: Sequence[Any]) -> None:
     )
 
 
-def _mark(parameters: Sequence[Any], sums: Sequence[int | None]) -> None:
+def _mark(
+    parameters: Sequence[Any], sums: Sequence[int | None], totals: Mapping[Any, Tensor] = MappingProxyType({})
+) -> None:
     held = [(p, count) for p, count in zip(parameters, sums, strict=True) if p.grad is not None]
     for (parameter, count), norm in zip(held, _norms([p for p, _ in held]), strict=True):
-        setattr(parameter, _ATTRIBUTE, _Provenance(count, norm))
+        setattr(parameter, _ATTRIBUTE, _Provenance(count, norm, totals.get(parameter)))
 
 
 def _norms(parameters: Sequence[Any]) -> Sequence[Tensor]:
@@ -108,12 +137,17 @@ def _norms(parameters: Sequence[Any]) -> Sequence[Tensor]:
     return torch._foreach_norm(gradients) if gradients else []
 
 
+def _both_norms(parameters: Sequence[Any]) -> tuple[Tensor, Tensor]:
+    """The norm of each `.grad` now, and as it was known, float64."""
+    now = torch.stack([norm.double().cpu() for norm in _norms(parameters)])
+    return now, torch.stack([getattr(p, _ATTRIBUTE).norm.double().cpu() for p in parameters])
+
+
 def _only_scaled(parameters: Sequence[Any]) -> bool:
     """Whether every gradient is what it was, or all are that times one factor of at most 1."""
     if not parameters:
         return True
-    now = torch.stack([norm.double().cpu() for norm in _norms(parameters)])
-    before = torch.stack([getattr(p, _ATTRIBUTE).norm.double().cpu() for p in parameters])
+    now, before = _both_norms(parameters)
     whole = before.norm()
     factor = now.norm() / whole if whole else torch.ones(())
     same = (now - factor * before).abs() <= _SLACK * (before + whole * _SLACK)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dither.capture.uses import ParamUse
-from dither.rules.linear import outer_ghost_norm, outer_gradient, outer_tile_norm
+from dither.rules.linear import outer_ghost_norm, outer_gradient, outer_tile_norm, weighed
 from dither.rules.replay import replayed
 from dither.rules.rule import Cost, Rule, all_strided
 
@@ -184,8 +184,7 @@ class Contraction(Rule):
             super().add_weighted_sum(use, grad_output, weights, into)
             return
         x, g = self._pair(use, grad_output, form)
-        scale = weights.to(x.dtype).view(-1, 1, 1, 1)
-        x, g = (x * scale, g) if x.numel() < g.numel() else (x, g * scale)
+        x, g = weighed(x, g, weights)
         x, g = (t.transpose(0, 1).flatten(1, 2) for t in (x, g))  # (H, B * T, features)
         right, left = (x, g) if form.right else (g, x)
         if form.in_order and into.is_contiguous() and into.dtype == right.dtype:

@@ -22,7 +22,7 @@ from dither.capture.uses import ParamUse
 from dither.errors import ExampleAxisError
 from dither.rules.affine import ChannelBias
 from dither.rules.linear import outer_ghost_norm, outer_gradient, outer_tile_norm
-from dither.rules.rule import Cost, Rule, cancels, register_rule, squared_rows
+from dither.rules.rule import Cost, Rule, at_least_float32, cancels, register_rule, squared_rows
 
 _NATIVE = (torch.float32, torch.float64)
 
@@ -167,14 +167,16 @@ class ConvWeight(Rule):
         """The ordinary weight gradient, summed over all maps; of so many times the channels and groups."""
         stride, _, dilation, groups = self._options(use)
         channels, *window = use.parameter.shape
+        common = torch.promote_types(wide.dtype, narrow.dtype)
+        wide, narrow = wide.to(common), narrow.to(common)
         if times > 1:  # its shape is asked for, not its values
             weight = narrow.new_empty(()).expand(times * channels, *window)
         else:
-            weight = use.operand("weight").to(narrow.dtype)
+            weight = use.operand("weight").to(common)
         zeros = [0] * self.dims
         gradients: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.convolution_backward(
             narrow,
-            wide.to(narrow.dtype),
+            wide,
             weight,
             None,
             stride,
@@ -206,7 +208,7 @@ class ConvWeight(Rule):
             squares = torch.cat([squared_rows(rows) for rows in self._weight_gradients(use, grad_output, at_once)])
         # Every entry of a map is in as many patches as there are taps, at most.
         x, g = (squared_rows(use.examples.split(t)).double() for t in self._unpadded(use, grad_output))
-        return None if cancels(squares, x * g * use.parameter.shape[2:].numel(), grad_output.dtype) else squares
+        return None if cancels(squares, x * g * use.parameter.shape[2:].numel(), squares.dtype) else squares
 
     def _in_kernel(self, use: ParamUse, grad_output: Tensor) -> Tensor | None:
         wide, narrow = self._unpadded(use, grad_output)
@@ -224,7 +226,7 @@ class ConvWeight(Rule):
         if grad_output.is_complex():
             super().add_weighted_sum(use, grad_output, weights, into)
             return
-        scale = weights.to(grad_output.dtype)[use.examples.owners(grad_output.device)]
+        scale = weights.to(at_least_float32(grad_output.dtype))[use.examples.owners(grad_output.device)]
         wide, narrow = self._maps(use, grad_output * scale.view(-1, *[1] * (self.dims + 1)))
         into.add_(self._weight_gradient(use, wide, narrow))
 

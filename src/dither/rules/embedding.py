@@ -18,7 +18,7 @@ from dither.capture.examples import ExampleAxis
 from dither.capture.uses import ParamUse
 from dither.errors import ExampleAxisError, UnsupportedOpError
 from dither.rules.crossing import RowFactors
-from dither.rules.rule import Cost, Rule, cancels, register_rule, squared_rows
+from dither.rules.rule import Cost, Rule, at_least_float32, cancels, register_rule, squared_rows
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Lookup(Rule):
     def squared_norm(self, use: ParamUse, grad_output: Tensor) -> Tensor | None:
         """Add rows of equal ids within an example, then square."""
         found = self.scattered(use, grad_output)
-        rows = found.rows.to(torch.promote_types(found.rows.dtype, torch.float32))
+        rows = found.rows.to(at_least_float32(found.rows.dtype))
         owners = found.owners
         several = len(owners) > use.batch or bool((torch.bincount(owners, minlength=use.batch) > 1).any())
         terms = _by_owner(rows, owners, use.batch) if several else None
@@ -73,12 +73,12 @@ class Lookup(Rule):
             rows = rows.new_zeros(unique.numel(), rows.shape[1]).index_add_(0, place, rows)
             owners = torch.div(unique, found.vocabulary, rounding_mode="floor")
         squared = _by_owner(rows, owners, use.batch)
-        return None if terms is not None and cancels(squared, terms, found.rows.dtype) else squared
+        return None if terms is not None and cancels(squared, terms, rows.dtype) else squared
 
     def add_weighted_sum(self, use: ParamUse, grad_output: Tensor, weights: Tensor, into: Tensor) -> None:
         """One scatter-add of weighted rows."""
         found = self.scattered(use, grad_output)
-        rows = found.rows * weights.to(found.rows.dtype)[found.owners].unsqueeze(1)
+        rows = found.rows * weights.to(at_least_float32(found.rows.dtype))[found.owners].unsqueeze(1)
         if into.is_contiguous():
             into.view(found.vocabulary, -1).index_add_(0, found.ids, rows.to(into.dtype))
         else:

@@ -17,16 +17,27 @@ import dither.kernels as kernels
 from dither.capture.examples import ExampleAxis
 from dither.capture.uses import ParamUse
 from dither.rules.crossing import GRAM_ELEMENTS, VANISHING, RowFactors
-from dither.rules.rule import Cost, Rule, all_strided, cancels, squared_rows
+from dither.rules.rule import Cost, Rule, all_strided, at_least_float32, cancels, squared_rows
 
 _TILE_ELEMENTS = 1 << 21
 """Largest tile of per-example gradients kept at once, in elements: of 2^18 to 2^23 near the fastest on four shapes."""
 
 
-def _at_least_float32(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-    if x.dtype in (torch.float32, torch.float64):
-        return x, g
-    wide = torch.promote_types(x.dtype, torch.float32)
+def weighed(x: Tensor, g: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Both factors, the smaller times the weights (B,), in float32 or wider.
+
+    Args:
+        x: (B, ..., d).
+        g: (B, ..., p), of the same dtype.
+        weights: (B,).
+    """
+    wide = at_least_float32(x.dtype)
+    scale = weights.to(wide).view(-1, *[1] * (x.dim() - 1))  # never rounded to half precision: that may double it
+    return (x * scale, g.to(wide)) if x.numel() < g.numel() else (x.to(wide), g * scale)
+
+
+def _widened(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    wide = at_least_float32(x.dtype)
     return x.to(wide), g.to(wide)
 
 
@@ -48,7 +59,7 @@ def outer_tile_norm(x_BTd: Tensor, g_BTp: Tensor) -> Tensor | None:
 def _tile_norm(x_BTd: Tensor, g_BTp: Tensor) -> Tensor:
     if kernels.serve(x_BTd, g_BTp):
         return kernels.tile_norm(x_BTd, g_BTp)
-    x_BTd, g_BTp = _at_least_float32(x_BTd, g_BTp)
+    x_BTd, g_BTp = _widened(x_BTd, g_BTp)
     batch, _, d = x_BTd.shape
     step = max(1, min(g_BTp.shape[-1], _TILE_ELEMENTS // max(1, batch * d)))
     total = torch.zeros(batch, dtype=torch.promote_types(x_BTd.real.dtype, torch.float32), device=x_BTd.device)
@@ -59,7 +70,7 @@ def _tile_norm(x_BTd: Tensor, g_BTp: Tensor) -> Tensor:
 
 def _unless_cancelled(squared: Tensor, x_BTd: Tensor, g_BTp: Tensor) -> Tensor | None:
     terms = _row_norms(x_BTd).mul_(_row_norms(g_BTp)).square_().sum(1)
-    return None if cancels(squared, terms, g_BTp.dtype) else squared
+    return None if cancels(squared, terms, at_least_float32(g_BTp.dtype)) else squared
 
 
 def _row_norms(rows: Tensor) -> Tensor:
@@ -81,7 +92,7 @@ def outer_ghost_norm(x_BTd: Tensor, g_BTp: Tensor) -> Tensor | None:
     if rows == 0 or x_BTd.is_complex():
         return outer_tile_norm(x_BTd, g_BTp)
     given = x_BTd, g_BTp
-    x_BTd, g_BTp = _at_least_float32(x_BTd, g_BTp)
+    x_BTd, g_BTp = _widened(x_BTd, g_BTp)
     step = _gram_rows(x_BTd.shape[0], rows)
     total: Tensor | float = 0.0
     terms: Tensor | float = 0.0
@@ -143,8 +154,7 @@ class LinearWeight(Rule):
     def add_weighted_sum(self, use: ParamUse, grad_output: Tensor, weights: Tensor, into: Tensor) -> None:
         """One matrix product over all rows, the weights folded into the smaller factor."""
         x, g = self._rows(use, grad_output)
-        scale = weights.to(x.dtype).view(-1, 1, 1)
-        x, g = (x * scale, g) if x.shape[-1] < g.shape[-1] else (x, g * scale)
+        x, g = weighed(x, g, weights)
         if into.dtype == x.dtype:
             into.addmm_(g.reshape(-1, g.shape[-1]).T, x.reshape(-1, x.shape[-1]))
         else:

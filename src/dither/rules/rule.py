@@ -94,6 +94,9 @@ class Rule:
         return Cost(0.0, 0.0, float(use.batch * use.parameter.numel() * use.parameter.element_size()))
 
 
+_WIDENED = 1 << 20
+"""Entries of half-precision gradients that are turned to float32 at once for a weighted sum: they stay in the cache."""
+
 _CHUNK = 1024
 """Squares added one after another in float32. Of 2^23 the last digits are lost: the norm comes out 2e-4 too small."""
 
@@ -110,6 +113,11 @@ def all_strided(operands: Mapping[str, Any]) -> bool:
     return all(x.layout == torch.strided and not x.is_nested for x in operands.values() if isinstance(x, Tensor))
 
 
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """In which dtype sums are taken of numbers of this one: float32, or a wider one, or its complex kin."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 def squared_rows(gradients: Tensor) -> Tensor:
     """Squared norm of each example's gradient: (B, *shape) to (B,), in float32 or wider."""
     if kernels.serve(gradients):
@@ -117,7 +125,7 @@ def squared_rows(gradients: Tensor) -> Tensor:
     flat = _rows(gradients)
     if flat.is_complex():
         flat = torch.view_as_real(flat.resolve_conj()).flatten(1)
-    wide = torch.promote_types(flat.dtype, torch.float32)
+    wide = at_least_float32(flat.dtype)
     whole = flat.shape[1] - flat.shape[1] % _CHUNK
     if whole <= _CHUNK:
         return _norms(flat, wide).square()
@@ -151,7 +159,7 @@ def add_weighted(gradients: Tensor, weights: Tensor, into: Tensor, kept: Tensor 
     Args:
         gradients: shape (B, *into.shape).
         weights: shape (B,).
-        into: what is added to.
+        into: what is added to; float32 or wider, as products and sums are.
         kept: bool (B,), the examples to add; None for all. The others are left out, whatever they hold.
     """
     if kernels.serve(gradients, into):
@@ -160,8 +168,18 @@ def add_weighted(gradients: Tensor, weights: Tensor, into: Tensor, kept: Tensor 
     if kept is not None:
         gradients, weights = gradients[kept], weights[kept]
     flat = _rows(gradients)
-    weights = weights.to(flat.dtype)
-    if into.is_contiguous() and into.dtype == flat.dtype:
+    wide = at_least_float32(flat.dtype)
+    weights = weights.to(wide)
+    if flat.dtype != wide:
+        total = (
+            into.view(-1) if into.is_contiguous() and into.dtype == wide else into.new_zeros(into.numel(), dtype=wide)
+        )
+        step = max(1, _WIDENED // max(1, len(flat)))
+        for start in range(0, len(total), step):
+            total[start : start + step].addmv_(flat[:, start : start + step].to(wide).T, weights)
+        if total.data_ptr() != into.data_ptr():
+            into.add_(total.view(into.shape))
+    elif into.is_contiguous() and into.dtype == flat.dtype:
         into.view(-1).addmv_(flat.T, weights)
     else:
         into.add_((weights @ flat).view(into.shape))
