@@ -133,6 +133,20 @@ def test_an_autocast_around_the_call_rounds_neither_norms_nor_sums(name, strateg
     assert 1 - 1e-5 <= size <= 1 + 1e-5
 
 
+@each_strategy
+@pytest.mark.parametrize("kind", [nn.Conv1d, nn.ConvTranspose1d])
+def test_a_convolution_under_autocast_is_summed_from_the_input_of_its_norm(kind, strategy):
+    """Inputs a little less than half way between two numbers of bfloat16: rounding them moves all one way."""
+    model, x = kind(8, 64, 3, bias=False), 1 + 2**-9 * (0.9 + 0.05 * torch.rand(1, 8, 16))
+
+    def losses():
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return model(x).float().flatten(1).sum(1)
+
+    found = dither.clipped_sum(model, losses, max_grad_norm=1e-3, strategy=strategy).gradients["weight"]
+    assert float(found.double().norm()) == pytest.approx(1e-3, rel=1e-5)
+
+
 def test_long_examples_under_an_autocast_around_the_call():
     model = nn.Linear(256, 256, bias=False)
     with torch.autocast("cpu", dtype=torch.bfloat16):
