@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import wandb
 
 from dither.cli.main import main
 from dither.telemetry import CLIP_FRACTION, EPSILON, read_curves
@@ -13,6 +14,7 @@ QUICK = [*TINY, "--steps=2", "--noise_multiplier=5", "--telemetry.samples=0"]
 
 def sent_to_wandb(run):
     """All that it keeps of its runs to upload, in which names and lines are as they are."""
+    wandb.teardown()  # waits for its own process, which still writes after a run's end, and forgets its settings
     return b"".join(file.read_bytes() for file in (run / "wandb").glob("offline-run-*/**/*") if file.is_file())
 
 

@@ -69,9 +69,12 @@ def test_mlflow_without_values_that_are_not_private(tmp_path):
 
 def test_wandb(tmp_path):
     """Its offline files hold names as they are, so that what would be uploaded can be searched for."""
+    import wandb
+
     session(tmp_path, Telemetry(wandb=True, non_private=False), 1, 2)
     (first,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
     session(tmp_path, Telemetry(wandb=True), 3, 4)
+    wandb.teardown()  # waits for its own process, which still writes after a run's end
     (second,) = set((tmp_path / "wandb").glob("offline-run-*/run-*.wandb")) - {first}
     name = json.loads((tmp_path / "telemetry.json").read_text())["wandb"]
     assert first.name == second.name == f"run-{name}.wandb"
