@@ -92,8 +92,8 @@ OPTIONS = {
     "sample": (
         sample.sample_parser,
         """
-        run config label count output folder npz overwrite guidance sampler steps s_churn s_min s_max s_noise weights seed vae
-        batch_size
+        run config label count output folder npz overwrite guidance sampler steps s_churn s_min s_max s_noise weights
+        seed vae batch_size
         """,
     ),
     "evaluate": (
