@@ -158,7 +158,7 @@ def _or_none(setting: Callable[[], T]) -> T | None:
 @functools.cache
 def _device_types() -> tuple[str, ...]:
     """The CPU, and the accelerator that this torch is built for."""
-    accelerator = torch.accelerator.current_accelerator(check_available=False)
+    accelerator = torch.accelerator.current_accelerator()
     return ("cpu",) if accelerator is None else ("cpu", accelerator.type)
 
 
