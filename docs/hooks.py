@@ -33,6 +33,7 @@ MODULES = (
     "dither.telemetry",
     "dither.accounting",
     "dither.adam",
+    "dither.noise",
     "dither.errors",
 )
 WIDTH = 100
