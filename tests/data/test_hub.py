@@ -141,7 +141,7 @@ def test_configurations(tmp_path, monkeypatch):
     (root / "README.md").write_text(f"---\nconfigs:\n{parts}---\n")
     assert len(read_images(f"hf:{root}:small")) == 3
     data = read_images(f"hf:{root}:large")
-    assert len(data) == 4 and data.class_names == ("cat", "dog")
+    assert len(data) == 4 and data.class_names == ("cat", "dog") and data.name == "pets"
     for name, said in ((root, "none is named"), (f"{root}:huge", "not huge")):
         with pytest.raises(DataError, match=f"has the configurations small, large, and {said}") as error:
             read_images(f"hf:{name}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 import time
 from collections.abc import Sequence
@@ -281,8 +280,7 @@ def _values(step: Step, seconds: float) -> dict[str, float]:
 
 
 def _default_output(dataset: str) -> Path:
-    name = re.sub(r"[@:]", "-", dataset)  # of a dataset's revision and configuration; not all systems allow them
-    return Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
+    return Path("runs") / f"{dataset}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
 def _last_class(folder: RunFolder) -> str:

@@ -15,7 +15,7 @@ from dither.data.checking import Checked, Progress, check_images
 from dither.data.decoding import decode
 from dither.data.digits import CLASS_NAMES, digits
 from dither.data.folder import list_images, split_folder
-from dither.data.hub import open_hub
+from dither.data.hub import address_of, open_hub
 from dither.data.idx import idx_class_names, read_idx
 from dither.data.image_data import ImageData
 from dither.data.labels import checked_labels, label_set
@@ -103,7 +103,7 @@ def hub_dataset(name: str, choices: Choices) -> ImageData:
     found = open_hub(name, choices.split, choices.image_column, choices.label_column)
     names = choices.label_set(found.class_names, name)
     checked = _check_files(found.read, [f"example {i}" for i in range(len(found.labels))], name, choices)
-    return _data(checked, found.labels, names, Path(name).name)
+    return _data(checked, found.labels, names, Path(address_of(name).name).name)
 
 
 def _check_files(read: Callable[[int], Tensor], names: Sequence[str], where: object, choices: Choices) -> Checked:
