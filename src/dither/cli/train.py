@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import time
 from collections.abc import Sequence
@@ -280,7 +281,8 @@ def _values(step: Step, seconds: float) -> dict[str, float]:
 
 
 def _default_output(dataset: str) -> Path:
-    return Path("runs") / f"{dataset}-{datetime.now():%Y%m%d-%H%M%S}"
+    name = re.sub(r"[@:]", "-", dataset)  # not all systems allow them in a folder's name
+    return Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
 def _last_class(folder: RunFolder) -> str:
