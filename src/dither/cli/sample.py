@@ -195,17 +195,23 @@ def _write(
     drawn: Tensor, labels: Tensor, grid: Path | None, images: Images, options: Namespace, console: Console
 ) -> None:
     """Write the files that were asked for, and say where they are."""
+    import torch
+
     from dither.diffusion.export import save_arrays, save_folder
     from dither.diffusion.grid import first_of_each, save_grid
 
+    shown = torch.arange(len(labels))
+    if options.npz is options.folder is None:  # no more is decoded than is shown
+        shown = first_of_each(labels, GRID_PER_CLASS)
+    drawn, labels = pictures(drawn[shown], images), labels[shown]
     if options.npz is not None:
         with options.npz.open("wb") as file:  # a file object keeps numpy from appending .npz to the name
-            save_arrays(pictures(drawn, images), labels, file, images.class_names or None)
+            save_arrays(drawn, labels, file, images.class_names or None)
         console.print(f"arrays in {options.npz}", soft_wrap=True)
     if options.folder is not None:
-        written = save_folder(pictures(drawn, images), labels, options.folder, images.class_names or None)
+        written = save_folder(drawn, labels, options.folder, images.class_names or None)
         console.print(f"{written} PNGs in {options.folder}", soft_wrap=True)
     if grid is not None:
-        shown = first_of_each(labels, GRID_PER_CLASS)
-        save_grid(pictures(drawn[shown], images), labels[shown], grid, images.class_names)
-        console.print(f"{len(shown)} images in {grid}", soft_wrap=True)
+        first = first_of_each(labels, GRID_PER_CLASS)
+        save_grid(drawn[first], labels[first], grid, images.class_names)
+        console.print(f"{len(first)} images in {grid}", soft_wrap=True)
