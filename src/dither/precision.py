@@ -158,7 +158,10 @@ def _or_none(setting: Callable[[], T]) -> T | None:
 @functools.cache
 def _device_types() -> tuple[str, ...]:
     """The CPU, and the accelerator that this torch is built for."""
-    accelerator = torch.accelerator.current_accelerator()
+    try:
+        accelerator = torch.accelerator.current_accelerator()
+    except RuntimeError:  # of torch 2.6, where there is none
+        accelerator = None
     return ("cpu",) if accelerator is None else ("cpu", accelerator.type)
 
 

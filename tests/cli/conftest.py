@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from diffusers.utils import logging
 
 from dither.cli.main import main
 from pictures import save_autoencoder
 from shortened import TINY
+
+logging.get_logger("diffusers")  # its handler keeps today's stderr: a test's own is closed after that test
 
 
 @pytest.fixture(scope="session")

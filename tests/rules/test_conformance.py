@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import dither
@@ -53,8 +53,18 @@ def test_rule(name, dtype):
         assert result.sensitivity == bound
 
 
+def _writes_running_statistics_back():
+    """Of torch 2.6: an evaluated layer's are written as they were, so that recomputing it is refused."""
+    layer = nn.InstanceNorm1d(1, track_running_stats=True).eval()
+    layer(torch.ones(2, 1, 3))
+    return layer.running_mean._version > 0
+
+
+REFUSED = {"instance norm with running statistics in eval"} if _writes_running_statistics_back() else set()
+
+
 @pytest.mark.usefixtures("double_precision")
-@pytest.mark.parametrize("name", sorted({*CASES} - {"glu after linear"}))  # torch's own RReLU is wrong in a checkpoint
+@pytest.mark.parametrize("name", sorted({*CASES} - {"glu after linear"} - REFUSED))  # torch's RReLU is wrong in one
 def test_a_rule_whose_inputs_a_checkpoint_holds(name):
     torch.manual_seed(0)
     model, inputs = CASES[name]()

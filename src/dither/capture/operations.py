@@ -162,6 +162,14 @@ def refuse_batch_statistics(function: Any, args: Any, kwargs: Any) -> None:
         )
 
 
+def writes_back_what_it_read(function: Any, args: Any, kwargs: Any) -> bool:
+    """Whether it is an instance normalisation with running statistics: torch 2.6 writes these back as they were."""
+    if function not in (F.instance_norm, torch.instance_norm):
+        return False
+    own_statistics = kwargs.get("use_input_stats", args[5] if len(args) > 5 else True)
+    return own_statistics is False
+
+
 def picks_by_number(function: Any, args: Any) -> bool:
     """Whether a tensor is indexed by single integers: as by Python's, which part it is does not vary by example."""
     if function is not torch.Tensor.__getitem__:

@@ -258,7 +258,8 @@ class Recorder(TorchFunctionMode):
         output = self._run(func, args, kwargs, used, batch_free, made)
         for tensor, version in zip(watched, versions, strict=True):
             if tensor._version != version:
-                self.kinds.changed(tensor, version, batch_free and not made, operations.name_of(func))
+                no_example = (batch_free and not made) or operations.writes_back_what_it_read(func, args, kwargs)
+                self.kinds.changed(tensor, version, no_example, operations.name_of(func))
         return output
 
     def _run(self, func: Any, args: Any, kwargs: Any, used: set[int], batch_free: bool, made: bool) -> Any:

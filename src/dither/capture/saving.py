@@ -32,10 +32,30 @@ _kept_by = _Keeper.apply
 
 def keep(anchor: Tensor, tensors: list[Tensor]) -> Callable[[], tuple[Tensor, ...]]:
     """What gives the tensors back, as the active hooks do; to be asked once a pass."""
-    node = _kept_by(anchor, *tensors).grad_fn
-    return lambda: tuple(node.saved_tensors)
+    kept = _kept_by(anchor, *tensors)  # torch 2.6 lets go of what a node saved with the node's output
+    return lambda: tuple(kept.grad_fn.saved_tensors)
+
+
+_hooks: Any = torch._C._autograd
+_top = getattr(_hooks, "_top_saved_tensors_default_hooks", None)
+"""Gives the innermost hooks, or None; torch 2.6 has no such function."""
 
 
 def hooked() -> bool:
     """Whether saved-tensor hooks are active."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+    return _refuse_to_be_disabled() if _top is None else _top(False) is not None
+
+
+def _refuse_to_be_disabled() -> bool:
+    """The same, asked of torch 2.6: it raises where they are active, and else is put back as it was."""
+    message = _hooks._saved_tensors_hooks_get_disabled_error_message()
+    try:
+        _hooks._saved_tensors_hooks_disable("")
+    except RuntimeError:
+        return True
+    finally:
+        if message is None:
+            _hooks._saved_tensors_hooks_enable()
+        else:
+            _hooks._saved_tensors_hooks_disable(message)
+    return False

@@ -11,6 +11,7 @@ import torch
 import torch._dynamo
 import torch._functorch.config
 from torch import nn
+from torch._C._dynamo import eval_frame
 
 from dither.capture import watching
 from dither.capture.recorder import Recorder
@@ -18,6 +19,9 @@ from dither.capture.segments import Segment, split
 
 _LIMIT = 16
 """Variants of a module's graph (batch sizes, options) after which it runs as written."""
+
+ISOLATES = hasattr(eval_frame, "set_eval_frame_isolate_recompiles_id")
+"""Whether this torch counts the variants of each call by itself, as torch 2.13 does; without that nothing is traced."""
 
 _local = threading.local()
 _tracers: dict[Any, Tracer] = {}
@@ -51,8 +55,11 @@ class Tracer:
 
     def __init__(self, name: str, backend: str, dynamic: bool | None) -> None:
         self._name, self._backend = name, torch._dynamo.lookup_backend(backend)
+        self._refused = not ISOLATES
+        if self._refused:
+            _warn(name, NotImplementedError(f"torch {torch.__version__} cannot count its variants; torch 2.13 can"))
+            return
         self._frames = _Frames(self._cut, dynamic)
-        self._refused = False
 
     def __call__(self, recorder: Recorder, call: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
         """What the call returns; as it is written where it cannot be traced and cut."""
@@ -108,8 +115,6 @@ class _Frames:
         self._number = getattr(context, "_isolate_recompiles_id", -1)
 
     def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
-        from torch._C._dynamo import eval_frame
-
         number = eval_frame.set_eval_frame_isolate_recompiles_id(self._number)
         before = eval_frame.set_eval_frame(self._callback)
         try:

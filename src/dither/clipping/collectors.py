@@ -80,8 +80,8 @@ class Buffers:
 def _in_use(kept: Tensor) -> bool:
     """Whether somebody else (the user's `grad_sample`) still refers to the memory."""
     count = getattr(torch._C, "_storage_Use_Count", None)
-    # The tensor and the storage object made here refer to it.
-    return count is None or count(kept.untyped_storage()._cdata) > 2
+    storage = kept.untyped_storage()  # refers to the memory, as the tensor does
+    return count is None or count(storage._cdata) > 2
 
 
 class Held:

@@ -177,9 +177,10 @@ def _group(use: ParamUse, x: Tensor) -> Tensor:
 
 
 def _instance(use: ParamUse, x: Tensor) -> Tensor:
-    own_statistics = use.operand("use_input_stats") is not False
-    mean, variance = (None, None) if own_statistics else (use.operand("running_mean"), use.operand("running_var"))
-    return F.instance_norm(x, mean, variance, use_input_stats=own_statistics, eps=_eps(use))
+    if use.operand("use_input_stats") is not False:
+        return F.instance_norm(x, eps=_eps(use))
+    mean, variance = use.operand("running_mean").clone(), use.operand("running_var").clone()  # torch 2.6 writes them
+    return F.instance_norm(x, mean, variance, use_input_stats=False, eps=_eps(use))
 
 
 def _batch(use: ParamUse, x: Tensor) -> Tensor:
