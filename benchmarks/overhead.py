@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import dither
+from dither.diffusion import DiT
 from dither.diffusion.recipe import Recipe, build_model
 
 WARM_UP = 64
@@ -72,7 +73,7 @@ def tiny_dit(batch: int) -> Subject:
     t, y, noise = torch.randint(1000, (batch,)), torch.randint(10, (batch,)), torch.randn(batch, 1, 8, 8)
     recipe = Recipe(label_dropout=0.0)
 
-    def build() -> nn.Module:
+    def build() -> DiT:
         torch.manual_seed(0)
         model = build_model(recipe, input_size=8, in_channels=1, num_classes=10)
         with torch.no_grad():  # away from the zero initialisation, where half of the backward pass multiplies zeros
@@ -81,8 +82,10 @@ def tiny_dit(batch: int) -> Subject:
                     parameter.add_(torch.randn_like(parameter) * 0.02)
         return model
 
+    blocks = build().blocks
     return Subject(
-        f"tiny DiT, width {recipe.hidden_size}, depth {recipe.depth}, fixed position table (stock Opacus needs that)",
+        f"tiny DiT, width {blocks[0].attn.proj.out_features}, depth {len(blocks)}, fixed position table (stock Opacus "
+        "needs that)",
         build,
         (x, t, y),
         lambda output: F.mse_loss(output, noise, reduction="none").flatten(1).mean(1),

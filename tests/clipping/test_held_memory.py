@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import dither
-from dither.clipping.collectors import Buffers
+from dither.clipping.buffers import Buffers
 from dither.rules import conv
 
 LAYERS = {

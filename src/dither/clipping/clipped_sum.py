@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from dither.capture.uses import ParamUse
-from dither.clipping.collectors import NotFormed
 from dither.clipping.functions import clipping_function
 from dither.clipping.gradients import Gradients
 from dither.clipping.plan import Plan, check_strategy
 from dither.clipping.recording import LossFunction, Recording
 from dither.clipping.repeats import Repeats
+from dither.clipping.unformed import NotFormed
 from dither.errors import ConfigurationError, ExampleAxisError
 from dither.precision import FullPrecision
 from dither.rules.rule import at_least_float32

@@ -9,13 +9,15 @@ from torch import Tensor
 
 from dither.capture.coverage import leaves_of
 from dither.capture.uses import ParamUse
-from dither.clipping.collectors import Added, Buffers, Collector, Crossed, Held, NotFormed, pull_back
+from dither.clipping.buffers import Buffers
+from dither.clipping.collectors import Added, Collector, Held, pull_back
 from dither.clipping.expanded import expansion_of
 from dither.clipping.functions import all_finite
 from dither.clipping.machine import free_memory
 from dither.clipping.one_by_one import Room
 from dither.clipping.plan import Candidate, Plan, make_plan
 from dither.clipping.recording import Recorded
+from dither.clipping.unformed import Crossed, NotFormed
 from dither.errors import CoverageError
 from dither.precision import in_full_precision
 from dither.rules.rule import at_least_float32

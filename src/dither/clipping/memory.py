@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from dither.capture.examples import ExampleAxis
-from dither.clipping.collectors import Buffers
+from dither.clipping.buffers import Buffers
 
 _KEPT_LAYOUTS = 4096
 

@@ -17,7 +17,7 @@ from dither.capture.probing import Replaying, Seed, run_backward, send_back
 from dither.capture.recorder import Recorder
 from dither.capture.taping import CALL
 from dither.capture.uses import ParamUse, Tape
-from dither.clipping.collectors import Buffers
+from dither.clipping.buffers import Buffers
 from dither.clipping.memory import broadcast_of, memory_of, relative_to
 from dither.errors import BufferUpdateError, CaptureError, ConfigurationError, CoverageError, UnsupportedOpError
 from dither.rules import table

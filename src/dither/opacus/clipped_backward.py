@@ -16,9 +16,9 @@ from dither.capture.examples import ExampleAxis
 from dither.capture.probing import Seed
 from dither.capture.uses import ParamUse
 from dither.clipping.clipped_sum import zero_sums
-from dither.clipping.collectors import NotFormed
 from dither.clipping.gradients import Gradients
 from dither.clipping.repeats import Repeats
+from dither.clipping.unformed import NotFormed
 from dither.errors import CoverageError, LossShapeError, UnsupportedOpError
 from dither.opacus import backward, batches, provenance
 from dither.opacus.deciding import decide

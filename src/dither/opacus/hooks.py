@@ -22,9 +22,9 @@ from torch.nn.utils.rnn import PackedSequence
 
 from dither.capture.uses import ParamUse
 from dither.clipping.clipped_sum import zero_sums
-from dither.clipping.collectors import NotFormed
 from dither.clipping.gradients import Gradients
 from dither.clipping.repeats import Repeats
+from dither.clipping.unformed import NotFormed
 from dither.errors import ExampleAxisError, UnsupportedOpError
 from dither.opacus import backward, batches, stock
 from dither.opacus.recording import ModuleRecording
