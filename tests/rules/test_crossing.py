@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import dither
 from dither.rules.crossing import RowFactors, crossed_norm
 
 B, V, D = 3, 30, 5
@@ -49,3 +50,10 @@ def test_symmetric_products_are_taken_once_and_a_single_list_is_not_copied():
         crossed_norm([dense(rows)])
     assert work.joined == 0
     assert work.made <= 0.65 * 2 * B * rows * rows  # of left and right factors
+
+
+def test_sequences_of_no_rows():
+    assert crossed_norm([dense(0), dense(0)]) is None  # nothing to multiply: the zeros themselves are taken
+    layer, x = torch.nn.Linear(4, 4), torch.randn(3, 0, 4)
+    total = dither.clipped_sum(layer, lambda: layer(layer(x)).sum((1, 2)) + 0.0)
+    assert not total.norms.any() and not any(gradient.any() for gradient in total.gradients.values())

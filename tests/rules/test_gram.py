@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dither.rules import linear
+from dither.rules import crossing, linear
 
 
 @pytest.mark.parametrize("rows", [2, 15, 16, 17, 49, 64, 100, 257])
@@ -18,8 +18,8 @@ def test_the_norm_is_that_of_the_gradient(rows, dtype):
 
 
 def test_blocks_are_bounded_in_memory(monkeypatch):
-    monkeypatch.setattr(linear, "GRAM_ELEMENTS", 3 * 100 * 4)
-    assert linear._gram_rows(3, 100) == 4
+    monkeypatch.setattr(crossing, "GRAM_ELEMENTS", 3 * 100 * 4)
+    assert crossing.gram_rows(3, 100) == 4
     x, g = torch.randn(3, 100, 7, dtype=torch.float64), torch.randn(3, 100, 5, dtype=torch.float64)
     formed = torch.bmm(g.mT, x).square().sum((1, 2))
     torch.testing.assert_close(linear.outer_ghost_norm(x, g), formed, rtol=1e-12, atol=0)

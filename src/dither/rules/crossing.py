@@ -19,8 +19,17 @@ from torch import Tensor
 GRAM_ELEMENTS = 1 << 24
 """Largest block of Gram matrices kept at once, in elements."""
 
+CANCELLED = 0.05
+"""A sum of Gram products below this share of their root sum of squares is not exact enough."""
+
 VANISHING = 1e-30
 """Squared norms below this may have lost products that float32 cannot hold: they are taken another way."""
+
+
+def gram_rows(batch: int, rows: int) -> int:
+    """Rows of a block of symmetric Gram matrices: near the fastest of those measured, and bounded in memory."""
+    fast = 8 * math.ceil(math.sqrt(rows) / 2)
+    return max(1, min(fast, GRAM_ELEMENTS // max(1, batch * rows)))
 
 
 @dataclass(frozen=True)
@@ -52,7 +61,7 @@ def crossed_norm(uses: Sequence[RowFactors]) -> Tensor | None:
     and norm and sum would not round alike.
     """
     total, terms = _totals(_joined(uses))
-    return None if bool(((total < 0.05 * terms) | (total < VANISHING)).any()) else total
+    return None if bool(((total < CANCELLED * terms) | (total < VANISHING)).any()) else total
 
 
 def _joined(uses: Sequence[RowFactors]) -> list[RowFactors]:
@@ -77,9 +86,7 @@ def _totals(lists: Sequence[RowFactors]) -> tuple[Tensor, Tensor]:
     total, squares = first.new_zeros(len(first)), first.new_zeros(len(first))
     for one, other in combinations_with_replacement(lists, 2):
         rows, columns = one.right.shape[1], other.right.shape[1]
-        step = max(1, GRAM_ELEMENTS // max(1, len(first) * columns))
-        if one is other:
-            step = min(step, 8 * math.ceil(math.sqrt(rows) / 2))
+        step = gram_rows(len(first), rows) if one is other else max(1, GRAM_ELEMENTS // max(1, len(first) * columns))
         for start in range(0, rows, step):
             part = one.block(start, start + step)
             if one is not other:

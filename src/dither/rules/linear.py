@@ -7,7 +7,6 @@ Li et al. 2022 (arXiv:2110.05679, section 4) for T rows.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,15 +16,11 @@ from torch import Tensor
 import dither.kernels as kernels
 from dither.capture.examples import ExampleAxis
 from dither.capture.uses import ParamUse
-from dither.rules.crossing import GRAM_ELEMENTS, VANISHING, RowFactors
+from dither.rules.crossing import CANCELLED, VANISHING, RowFactors, gram_rows
 from dither.rules.rule import Cost, Rule, all_strided, at_least_float32, cancels, squared_rows
 
 _TILE_ELEMENTS = 1 << 21
 """Largest tile of per-example gradients kept at once, in elements: of 2^18 to 2^23 near the fastest on four shapes."""
-
-
-_CANCELLED = 0.05
-"""A sum of Gram products below this share of their root sum of squares is not exact enough."""
 
 
 def weighed(x: Tensor, g: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -99,7 +94,7 @@ def outer_ghost_norm(x_BTd: Tensor, g_BTp: Tensor) -> Tensor | None:
     given = x_BTd, g_BTp
     x_BTd, g_BTp = _widened(x_BTd, g_BTp)
     sums, squares = [], []
-    step = _gram_rows(x_BTd.shape[0], rows)
+    step = gram_rows(x_BTd.shape[0], rows)
     for start in range(0, rows, step):
         stop = min(rows, start + step)
         products = torch.bmm(x_BTd[:, start:stop], x_BTd[:, :stop].mT)
@@ -108,7 +103,7 @@ def outer_ghost_norm(x_BTd: Tensor, g_BTp: Tensor) -> Tensor | None:
         sums.append(products @ counts)
         squares.append(products.square_() @ counts)
     total = torch.cat(sums, 1).sum(1)
-    least = torch.cat(squares, 1).sum(1).sqrt_().mul_(_CANCELLED)
+    least = torch.cat(squares, 1).sum(1).sqrt_().mul_(CANCELLED)
     if bool((total < least.clamp_min(VANISHING)).any()):
         return _norm_in_doubt(total, least, *given)
     return total
@@ -127,12 +122,6 @@ def _norm_in_doubt(total: Tensor, least: Tensor, x_BTd: Tensor, g_BTp: Tensor) -
     if total.dtype == torch.float32 and bool((vanishing := total < VANISHING).any()) and bool(g_BTp[vanishing].any()):
         return _unless_cancelled(_tile_norm(x_BTd.double(), g_BTp.double()), x_BTd, g_BTp)
     return outer_tile_norm(x_BTd, g_BTp) if bool((total < least).any()) else total
-
-
-def _gram_rows(batch: int, rows: int) -> int:
-    """Rows of a block of Gram matrices: near the fastest of those measured, and bounded in memory."""
-    fast = 8 * math.ceil(math.sqrt(rows) / 2)
-    return max(1, min(fast, GRAM_ELEMENTS // max(1, batch * rows)))
 
 
 class LinearWeight(Rule):
